@@ -1,0 +1,1 @@
+"""Training: the loop and its phases, the run directory, checkpoints and the launcher."""

@@ -1,0 +1,226 @@
+"""The loop: every step is rollout → verify → prepare → update ×N → resync → report, on every rank alike."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megatron_rlvr.config import Config
+from megatron_rlvr.core import Prompt, RLVRError, RolloutBatch, Sample, SamplingParams, StepMetrics, Verdict
+from megatron_rlvr.data import PromptSampler, open_prompts
+from megatron_rlvr.entropy import build_controller
+from megatron_rlvr.evaluation import evaluate_answers
+from megatron_rlvr.objective import policy_loss
+from megatron_rlvr.policy import parallel
+from megatron_rlvr.policy.checkpoint import export_hf
+from megatron_rlvr.policy.policy import Policy
+from megatron_rlvr.report import RunRecorder
+from megatron_rlvr.rollout import EmbeddedEngine, derive_seed, generate_share, load_tokenizer, pad_id
+from megatron_rlvr.training import checkpoint
+from megatron_rlvr.training.phases import PreparedBatch, minibatches, prepare, record_samples
+from megatron_rlvr.training.run_directory import RunDirectory
+from megatron_rlvr.verify import VerifierClient, local_service
+
+T = TypeVar("T")
+
+# Streams of random numbers, one per use; a step's seed is derived from (run.seed, stream, step).
+_ROLLOUT, _MINIBATCHES, _EVALUATION = range(3)
+
+
+class Trainer:
+    """One rank of a training run. Use as a context manager; all ranks call the same methods in the same order."""
+
+    def __init__(self, config: Config) -> None:
+        """Join the other ranks, load everything and resume from the last checkpoint if there is one.
+
+        Args:
+            config: The resolved configuration; its run directory exists.
+
+        Raises:
+            RLVRError: On what the user can mend: a missing model, an unreachable service, a damaged checkpoint.
+        """
+        self._resources = contextlib.ExitStack()
+        self.config = config
+        self.directory = RunDirectory(config.run.dir)
+        policy, run, rollout = config.policy, config.run, config.rollout
+        parallel.initialize(tensor_parallel=policy.tensor_parallel, data_parallel=policy.data_parallel, seed=run.seed)
+        self._resources.callback(parallel.shutdown)
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        # Python objects travel over gloo, beside NCCL where that carries the tensors.
+        self._control = dist.new_group(backend="gloo")
+        tokenizer = load_tokenizer(policy.model)
+        chat_template = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+        prompts = open_prompts(config.data.train, chat_template=chat_template)
+        self.heldout = (
+            open_prompts(config.data.heldout, chat_template=chat_template)[: config.evaluation.prompts]
+            if config.data.heldout
+            else []
+        )
+        self.pad_id = pad_id(tokenizer)
+        self.sampler = PromptSampler(prompts, run.seed)
+        self.policy = Policy(policy, temperature=rollout.temperature, total_steps=run.steps)
+        self.engine = EmbeddedEngine(policy.model, tokenizer, parallel.device())
+        self.controller = build_controller(
+            config.entropy.recipe,
+            target=config.entropy.target,
+            step_size=config.entropy.step,
+            initial=config.entropy.initial,
+            total_steps=run.steps,
+            steps_per_epoch=max(1, round(len(prompts) / rollout.prompts)),
+        )
+        self.step = checkpoint.resume(self)
+        if self.rank == 0:
+            url = config.verify.url or self._resources.enter_context(local_service())
+            self._verifier = self._resources.enter_context(
+                VerifierClient(
+                    url,
+                    deadline_s=config.verify.deadline_s,
+                    max_infra_error_share=config.verify.max_infra_error_share,
+                )
+            )
+            self.directory.truncate_records(self.step)
+            self._recorder = self._resources.enter_context(
+                RunRecorder(self.directory.path, total_steps=run.steps, first_step=self.step)
+            )
+
+    def __enter__(self) -> Trainer:
+        """The trainer itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop what was started, last first."""
+        self._resources.close()
+
+    def run(self) -> None:
+        """Train to the last step, evaluate, export the model."""
+        self.engine.resync(self.policy.named_tensors(), version=self.step)
+        if self.step == 0:
+            self._evaluate()
+        while self.step < self.config.run.steps:
+            self._train_step()
+            last = self.step == self.config.run.steps
+            every = self.config.evaluation.every
+            if last or (every and self.step % every == 0):
+                self._evaluate()
+            if last or self.step % self.config.run.checkpoint_every == 0:
+                checkpoint.save(self)
+        export_hf(self.policy, self.directory.model)
+
+    def _train_step(self) -> None:
+        metrics, local, seconds = StepMetrics(), StepMetrics(), dict[str, float]()
+        started = time.perf_counter()
+        prompts = self.sampler.take(self.config.rollout.prompts)
+        with _timed(seconds, "rollout"):
+            samples = self._rollout(prompts, self.config.rollout.samples_per_prompt, self._seed(_ROLLOUT))
+        with _timed(seconds, "verify"):
+            batch = self._verify(prompts, samples, local)
+        with _timed(seconds, "prepare"):
+            prepared = prepare(batch, *self.policy.log_probs(batch.tokens_BL, batch.response_mask_BL), metrics)
+        positive_weight, learning_rate = self.controller.value, self.policy.learning_rate
+        with _timed(seconds, "update"):
+            self._update(prepared, positive_weight, metrics)
+        self.controller.update(prepared.entropy)
+        self.policy.step_schedule()
+        with _timed(seconds, "resync"):
+            self.engine.resync(self.policy.named_tensors(), version=self.step + 1)
+        reduced = self.policy.reduce_metrics(metrics)
+        if self.rank == 0:
+            total = time.perf_counter() - started
+            self._recorder.record_step(
+                {
+                    "step": self.step,
+                    "epoch": self.sampler.epoch,
+                    "positive_weight": positive_weight,
+                    "learning_rate": learning_rate,
+                    **reduced.means(),
+                    **local.means(),
+                    "tokens_per_s": local.sums["response_tokens"] / total,
+                    **{f"seconds/{phase}": value for phase, value in seconds.items()},
+                    "seconds/total": total,
+                    "saturated_low": self.controller.saturated_low,
+                    "saturated_high": self.controller.saturated_high,
+                }
+            )
+        self.step += 1
+
+    def _rollout(self, prompts: Sequence[Prompt], samples_per_prompt: int, seed: int) -> list[Sample]:
+        """All samples on rank 0, in prompt order; an empty list elsewhere."""
+        rollout = self.config.rollout
+        calls = generate_share(
+            self.engine,
+            [prompt.text for prompt in prompts],
+            SamplingParams(rollout.temperature, rollout.max_new_tokens, samples_per_prompt, seed),
+            prompts_per_call=rollout.prompts_per_call,
+            rank=self.rank,
+            ranks=self.ranks,
+        )
+        share = [sample for call in calls for sample in call]
+        gathered: list[Any] | None = [None] * self.ranks if self.rank == 0 else None
+        dist.gather_object(share, gathered, group=self._control)
+        # sorted() is stable: samples of one prompt, which one rank drew, keep their order
+        return sorted((sample for part in gathered or [] for sample in part), key=lambda sample: sample.group)
+
+    def _judge(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> list[Verdict]:
+        return self._verifier.verify([(prompts[sample.group], sample.text) for sample in samples])
+
+    def _verify(self, prompts: Sequence[Prompt], samples: Sequence[Sample], metrics: StepMetrics) -> RolloutBatch:
+        """The verified batch, on every rank."""
+        batch = None
+        if self.rank == 0:
+            verdicts = self._judge(prompts, samples)
+            record_samples(samples, verdicts, metrics)
+            batch = RolloutBatch.from_samples(samples, self.pad_id).with_verdicts(verdicts)
+        batch = self._from_rank_0(batch)
+        assert batch is not None
+        if batch.weight_version != self.step:
+            raise RLVRError(
+                f"step {self.step} got samples of weight version {batch.weight_version}; an engine serves stale "
+                "weights, restart the run to resync it"
+            )
+        return batch
+
+    def _update(self, prepared: PreparedBatch, positive_weight: float, metrics: StepMetrics) -> None:
+        objective = self.config.objective
+        loss = partial(
+            policy_loss,
+            clip_low=objective.clip_low,
+            clip_high=objective.clip_high,
+            positive_weight=positive_weight,
+        )
+        for rows in minibatches(prepared, objective, self._seed(_MINIBATCHES)):
+            self.policy.update(rows, loss, metrics)
+
+    def _evaluate(self) -> None:
+        """Accuracy on the held-out prompts, drawn with the same random numbers every time."""
+        if not self.heldout:
+            return
+        seed = derive_seed(self.config.run.seed, _EVALUATION)
+        samples = self._rollout(self.heldout, self.config.evaluation.samples, seed)
+        if self.rank == 0:
+            result = evaluate_answers(
+                [sample.group for sample in samples],
+                [verdict is Verdict.ACCEPTED for verdict in self._judge(self.heldout, samples)],
+                [sample.text for sample in samples],
+            )
+            self._recorder.record_evaluation({"step": self.step, **asdict(result)})
+
+    def _seed(self, stream: int) -> int:
+        return derive_seed(self.config.run.seed, stream, self.step)
+
+    def _from_rank_0(self, value: T) -> T:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        return box[0]
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - started
