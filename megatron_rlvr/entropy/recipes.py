@@ -36,5 +36,5 @@ def build_controller(
     }
     if recipe not in recipes:
         nearest = difflib.get_close_matches(recipe, recipes, n=1, cutoff=0.0)[0]
-        raise RLVRError(f"recipe {recipe!r} is unknown; did you mean {nearest!r}? There are {', '.join(recipes)}")
+        raise RLVRError(f"recipe {recipe!r} is unknown; use {nearest!r} or another of {', '.join(recipes)}")
     return recipes[recipe]()

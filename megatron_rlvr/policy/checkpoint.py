@@ -24,6 +24,9 @@ _HF_FILES = (
 
 def save_policy(policy: Policy, directory: Path) -> None:
     """Write weights, optimizer, schedule and this rank's RNG into the existing ``directory``; a collective call."""
+    if dist.get_rank() == 0:
+        (directory / "policy").mkdir()
+    dist.barrier()
     dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(directory / "policy"))
     torch.save(_rng_state(), directory / _rng_file())
 

@@ -17,7 +17,7 @@ import pkgutil
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -102,7 +102,7 @@ def _importable_triton() -> Iterator[None]:
 class _EmptyTriton(types.ModuleType):
     """Every name is there; decorators return the function they decorate."""
 
-    __path__: ClassVar[list[str]] = []
+    __path__: list[str] = []  # noqa: RUF012 - the type of ModuleType
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

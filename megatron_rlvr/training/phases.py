@@ -9,6 +9,7 @@ import torch
 
 from megatron_rlvr.config import ObjectiveConfig
 from megatron_rlvr.core import FinishReason, RLVRError, RolloutBatch, Sample, StepMetrics, Verdict
+from megatron_rlvr.evaluation import EvalMetrics, evaluate_answers
 from megatron_rlvr.objective import grpo_advantages
 from megatron_rlvr.policy.policy import TrainingRows
 from megatron_rlvr.rollout import derive_seed
@@ -74,6 +75,23 @@ def minibatches(batch: PreparedBatch, objective: ObjectiveConfig, seed: int) -> 
         for chosen in torch.randperm(prompts, generator=generator).chunk(objective.minibatches):
             rows = torch.cat([(batch.groups_B == prompt).nonzero()[:, 0] for prompt in chosen])
             yield batch.rows.select(rows)
+
+
+def evaluate(samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> EvalMetrics:
+    """Accuracy of the samples that have a verdict, with pass@k for k = 1, 2, 4, … up to the fewest of any prompt.
+
+    Raises:
+        RLVRError: If a prompt has no sample with a verdict.
+    """
+    correct: dict[int, list[bool]] = {sample.group: [] for sample in samples}
+    answers: dict[int, list[str]] = {sample.group: [] for sample in samples}
+    for sample, verdict in zip(samples, verdicts, strict=True):
+        if verdict is not Verdict.INFRA_ERROR:
+            correct[sample.group].append(verdict is Verdict.ACCEPTED)
+            answers[sample.group].append(sample.text)
+    fewest = min(map(len, correct.values()))
+    powers_of_two = [2**power for power in range(fewest.bit_length())]
+    return evaluate_answers(list(correct.values()), list(answers.values()), powers_of_two)
 
 
 def record_samples(samples: Sequence[Sample], verdicts: Sequence[Verdict], metrics: StepMetrics) -> None:

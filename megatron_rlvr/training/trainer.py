@@ -15,7 +15,6 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.core import Prompt, RLVRError, RolloutBatch, Sample, SamplingParams, StepMetrics, Verdict
 from megatron_rlvr.data import PromptSampler, open_prompts
 from megatron_rlvr.entropy import build_controller
-from megatron_rlvr.evaluation import evaluate_answers
 from megatron_rlvr.objective import policy_loss
 from megatron_rlvr.policy import parallel
 from megatron_rlvr.policy.checkpoint import export_hf
@@ -23,7 +22,7 @@ from megatron_rlvr.policy.policy import Policy
 from megatron_rlvr.report import RunRecorder
 from megatron_rlvr.rollout import EmbeddedEngine, derive_seed, generate_share, load_tokenizer, pad_id
 from megatron_rlvr.training import checkpoint
-from megatron_rlvr.training.phases import PreparedBatch, minibatches, prepare, record_samples
+from megatron_rlvr.training.phases import PreparedBatch, evaluate, minibatches, prepare, record_samples
 from megatron_rlvr.training.run_directory import RunDirectory
 from megatron_rlvr.verify import VerifierClient, local_service
 
@@ -203,11 +202,7 @@ class Trainer:
         seed = derive_seed(self.config.run.seed, _EVALUATION)
         samples = self._rollout(self.heldout, self.config.evaluation.samples, seed)
         if self.rank == 0:
-            result = evaluate_answers(
-                [sample.group for sample in samples],
-                [verdict is Verdict.ACCEPTED for verdict in self._judge(self.heldout, samples)],
-                [sample.text for sample in samples],
-            )
+            result = evaluate(samples, self._judge(self.heldout, samples))
             self._recorder.record_evaluation({"step": self.step, **asdict(result)})
 
     def _seed(self, stream: int) -> int:

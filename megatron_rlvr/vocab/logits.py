@@ -62,8 +62,6 @@ def token_stats(
     stats_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     temperature_T = _row_temperature(temperature, logits, stats_dtype)
     columns_T = targets - rank * width
-    # A target on a padding column must not be found there: no shard owns it.
-    columns_T = columns_T.masked_fill(targets >= vocab_size, -1)
     real = min(max(vocab_size - rank * width, 0), width)
     logprob_T, entropy_T = _TokenStats.apply(  # type: ignore[no-untyped-call]
         logits, columns_T, temperature_T, real, group if ranks > 1 else None
@@ -127,10 +125,9 @@ class _TokenStats(torch.autograd.Function):
         stats = finish(whole, temperature_T)
         # A row without a finite logit has no distribution; with these stand-ins its gradient is 0 rather than NaN.
         void_T = whole.max == -torch.inf
-        max_T = whole.max.masked_fill(void_T, 0.0)
         log_mass_T = whole.rest.log1p().masked_fill(void_T, 0.0)
         entropy_T = stats.entropy.masked_fill(void_T, 0.0)
-        ctx.save_for_backward(logits_TV, columns_T, temperature_T, max_T, log_mass_T, entropy_T, stats.logprob)
+        ctx.save_for_backward(logits_TV, columns_T, temperature_T, whole.max, log_mass_T, entropy_T, stats.logprob)
         ctx.real = real
         return stats.logprob, stats.entropy
 

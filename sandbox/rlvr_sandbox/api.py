@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request, Response
@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from rlvr_sandbox import __version__
-from rlvr_sandbox.pool import Pool, QueueFullError
+from rlvr_sandbox.pool import Pool, UnavailableError
 from rlvr_sandbox.process import WorkItem
 from rlvr_sandbox.verdicts import Verdict
 
@@ -104,23 +104,14 @@ def _refusal(status: int, sentence: str) -> JSONResponse:
 
 def create_app(pool: Pool) -> FastAPI:
     """The application that answers from ``pool``, which the caller starts and stops."""
-    app = FastAPI(title="rlvr-sandbox", version=__version__)
-
-    @app.middleware("http")
-    async def bound_body(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        length = request.headers.get("content-length", "")
-        if request.method == "POST" and not length.isdecimal():
-            return _refusal(411, "the request has no content-length; send the body in one piece")
-        if length.isdecimal() and int(length) > MAX_BODY_BYTES:
-            return _refusal(413, f"the body has {length} bytes, more than {MAX_BODY_BYTES}; send fewer items at a time")
-        return await call_next(request)
+    app = FastAPI(title="rlvr-sandbox", version=__version__, max_body_size=MAX_BODY_BYTES)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         return _refusal(422, _sentence(error.errors()[0]))
 
-    @app.exception_handler(QueueFullError)
-    async def full(_: Request, error: QueueFullError) -> Response:
+    @app.exception_handler(UnavailableError)
+    async def unavailable(_: Request, error: UnavailableError) -> Response:
         return _refusal(503, str(error))
 
     @app.get("/healthz")

@@ -20,7 +20,11 @@ GRACE_S = 5
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, saying where it listens once it does, and able to stop when its parent is gone."""
+    """uvicorn, saying where it listens once it does, and stopping at once although requests may be waiting."""
+
+    def __init__(self, pool: Pool) -> None:
+        super().__init__(uvicorn.Config(create_app(pool), log_level="warning", timeout_graceful_shutdown=GRACE_S))
+        self._pool = pool
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start serving on ``sockets``, then print the one line that callers wait for."""
@@ -28,6 +32,11 @@ class _Server(uvicorn.Server):
         if self.started and sockets:
             host, port = sockets[0].getsockname()[:2]
             print(f"rlvr-sandbox listening on http://{host}:{port}", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse the requests that wait for verdicts, then stop serving."""
+        self._pool.stop()
+        await super().shutdown(sockets)
 
     def stop_at_end_of_stdin(self) -> None:
         """Block until stdin ends, then let the server finish."""
@@ -47,8 +56,7 @@ async def _serve(options: argparse.Namespace) -> None:
     # asyncio does this only for sockets that name their protocol; without it every reply waits 40 ms for an ACK.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     async with Pool(workers=options.workers, item_cpu_s=options.item_seconds) as pool:
-        config = uvicorn.Config(create_app(pool), log_level="warning", timeout_graceful_shutdown=GRACE_S)
-        server = _Server(config)
+        server = _Server(pool)
         if options.exit_with_parent:
             threading.Thread(target=server.stop_at_end_of_stdin, daemon=True).start()
         await server.serve(sockets=[listener])

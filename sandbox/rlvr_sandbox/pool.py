@@ -17,12 +17,13 @@ MAX_CHUNK = 64
 MAX_FAULTS = 2
 TICK_S = 0.1
 RESPAWN_DELAY_S = 1.0
+STOPPING = "the service is stopping; retry once it is up again"
 
 logger = logging.getLogger(__name__)
 
 
-class QueueFullError(SandboxError):
-    """The service has more unanswered items than it accepts."""
+class UnavailableError(SandboxError):
+    """The service cannot judge this request now: it has too many unanswered items, or is stopping."""
 
 
 class _Outcome(enum.Enum):
@@ -71,7 +72,8 @@ class Pool:
         self._item_cpu_s = item_cpu_s
         self._stuck_after_s = 3 * item_cpu_s + 2
         self._queue: asyncio.Queue[tuple[_Batch, deque[int]]] = asyncio.Queue()
-        self._pending = 0
+        self._open: set[_Batch] = set()
+        self._stopping = False
         self._workers: list[WorkerProcess] = []
         self._slots: list[asyncio.Task[None]] = []
         self._tasks = asyncio.TaskGroup()
@@ -107,17 +109,20 @@ class Pool:
         """Judge ``items``, in order, within ``deadline_s`` seconds; what is unfinished then is ``infra_error``.
 
         Raises:
-            QueueFullError: If too many items of other requests are unanswered.
+            UnavailableError: If too many items of other requests are unanswered, or ``stop`` is called meanwhile.
         """
-        if self._pending + len(items) > MAX_PENDING:
-            raise QueueFullError(
-                f"{self._pending} items are waiting and {len(items)} more would pass the limit of {MAX_PENDING}; "
+        if self._stopping:
+            raise UnavailableError(STOPPING)
+        pending = sum(len(batch.items) for batch in self._open)
+        if pending + len(items) > MAX_PENDING:
+            raise UnavailableError(
+                f"{pending} items are waiting and {len(items)} more would pass the limit of {MAX_PENDING}; "
                 "retry later or add workers"
             )
         if not items:
             return []
         batch = _Batch(items)
-        self._pending += len(items)
+        self._open.add(batch)
         try:
             size = min(MAX_CHUNK, -(-len(items) // (4 * self._size)))
             for start in range(0, len(items), size):
@@ -128,9 +133,17 @@ class Pool:
             pass
         finally:
             batch.closed = True
-            self._pending -= len(items)
+            self._open.discard(batch)
+        if self._stopping:
+            raise UnavailableError(STOPPING)
         late = Judgement(Verdict.INFRA_ERROR, f"not judged within the deadline of {deadline_s:g} s", deadline_s)
         return [judgement or late for judgement in batch.judgements]
+
+    def stop(self) -> None:
+        """Give up every request now, without a verdict."""
+        self._stopping = True
+        for batch in self._open:
+            batch.done.set()
 
     async def _run_slot(self, slot: int) -> None:
         while True:

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from sandbox_server import Server, countdown, math, running
-
 from rlvr_sandbox.api import KINDS
 from rlvr_sandbox.checkers import CHECKERS
+from sandbox_server import Server, countdown, math, running
 
 GOOD = countdown("2+5+9", [2, 5, 9], 16)
 
@@ -97,10 +96,11 @@ def test_bad_bodies_are_refused(server: Server) -> None:
     assert refusal(server, {"items": [GOOD] * 4097, "deadline_s": 1}).startswith("items ")
     headers = {"content-type": "application/json"}
     for content in (b"", b"{", b'{"items": [' * 2000, b"\xff\xfe", b'{"items": NaN}'):
-        assert server.http.post("/v1/verify", content=content, headers=headers).status_code == 422
+        assert server.http.post("/v1/verify", content=content, headers=headers).status_code in (400, 422)
     surrogate = b'{"items":[{"kind":"math","response":"\\ud800","spec":{"answer":"1"}}],"deadline_s":1}'
     assert server.http.post("/v1/verify", content=surrogate, headers=headers).status_code in (200, 422)
-    assert server.http.post("/v1/verify", content=iter([b"{}"]), headers=headers).status_code == 411
+    endless = (b"x" * (1 << 20) for _ in range(80))
+    assert server.http.post("/v1/verify", content=endless, headers=headers).status_code == 413
     assert server.verdicts([GOOD]) == ["accepted"]
 
 
@@ -133,7 +133,7 @@ def test_connections_are_answered_without_delay(server: Server) -> None:
         server.verdicts([GOOD])
         return time.perf_counter() - started
 
-    assert min(seconds() for _ in range(10)) < 0.03  # 40 ms and more when small packets wait for an ACK
+    assert sorted(seconds() for _ in range(20))[10] < 0.035  # 40 ms and more when small packets wait for an ACK
 
 
 def test_a_service_that_cannot_start_says_why_in_one_sentence(server: Server) -> None:

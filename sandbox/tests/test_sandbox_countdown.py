@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from rlvr_sandbox.checkers.countdown import MAX_CHARS, MAX_DEPTH, judge
 
 SPEC = {"numbers": [2, 5, 9], "target": 16}

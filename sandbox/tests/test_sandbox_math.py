@@ -7,7 +7,6 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from rlvr_sandbox.checkers.answers import last_marked
 from rlvr_sandbox.checkers.math_answer import judge
 
@@ -97,7 +96,6 @@ def test_right_answers(answer: str, gold: str) -> None:
         ("3,4,5", "3,4"),
         ("silent", "listen"),
         (r"\text{No}", "yes"),
-        ("(" * 500 + "7" + ")" * 500, "7"),
         ("1" * 100_000, "7"),
     ],
     ids=lambda text: text[:20],

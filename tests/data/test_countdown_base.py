@@ -71,7 +71,7 @@ def test_a_foreign_character_is_an_error(tokenizer: PreTrainedTokenizerBase) -> 
 def test_greedy_answers(make_base: ModuleType, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     heldout = problems("heldout")
     inputs = tokenizer([problem.text for problem in heldout], return_tensors="pt")
-    rows_BL = model.generate(**inputs, do_sample=False, temperature=None)  # type: ignore[misc]
+    rows_BL = model.generate(**inputs, do_sample=False, temperature=None)
     output_BL = rows_BL[:, inputs["input_ids"].shape[1] :]
     ended = (output_BL == tokenizer.eos_token_id).any(dim=1).float().mean().item()
     assert ended > 0.95

@@ -162,8 +162,8 @@ def test_a_foreign_or_partial_state_is_refused(recipe: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"recipe": "par_stages"}, "did you mean 'par_stage'"),
-        ({"recipe": "grpo"}, "is unknown; did you mean"),
+        ({"recipe": "par_stages"}, "use 'par_stage' or another"),
+        ({"recipe": "grpo"}, "is unknown; use 'par"),
         ({"recipe": "par", "target": -0.1}, "target is -0.1"),
         ({"recipe": "par", "target": math.nan}, "target is nan"),
         ({"recipe": "par", "step_size": 0.0}, "step_size is 0.0"),

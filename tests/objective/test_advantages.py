@@ -63,6 +63,8 @@ def test_order_of_rows_does_not_show(rows: list[Row], order: object) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_equal_rewards_give_exactly_zero(reward: float, size: int) -> None:
     assert advantages([(reward, 5, True)] * size) == [0.0] * size
+    wide = torch.full((size,), reward, dtype=torch.float64)  # three times 0.1 in float64 is not 3 * 0.1
+    assert not grpo_advantages(wide, torch.zeros(size, dtype=torch.long), torch.ones(size, dtype=torch.bool)).any()
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])

@@ -41,10 +41,14 @@ def relative_error(entropy: torch.Tensor, truth: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("offset", [0.0, 300.0, 1e4, -1e4])
 @pytest.mark.parametrize(("vocab", "temperature", "limit"), [(4096, 1.0, 1e-6), (4096, 0.7, 1e-6), (3, 0.7, 2e-6)])
-def test_entropy_is_relatively_exact_down_to_1e_8(vocab: int, temperature: float, limit: float, offset: float) -> None:
+def test_relatively_exact_down_to_an_entropy_of_1e_8(
+    vocab: int, temperature: float, limit: float, offset: float
+) -> None:
     logits = peaked_logits(vocab, offset)
-    entropy = token_stats(logits, torch.zeros(256, dtype=torch.long), temperature=temperature).entropy
-    assert relative_error(entropy, exact_entropy(logits, temperature)) <= limit
+    stats = token_stats(logits, torch.zeros(256, dtype=torch.long), temperature=temperature)
+    assert relative_error(stats.entropy, exact_entropy(logits, temperature)) <= limit
+    logprob = (logits.double() / temperature).log_softmax(dim=-1)[:, 0]
+    torch.testing.assert_close(stats.logprob.double(), logprob, rtol=3e-7, atol=1e-7)
 
 
 def test_the_entropy_test_rejects_textbook_formulas() -> None:
@@ -178,6 +182,16 @@ def test_rows_without_a_distribution_stay_alone(poison: list[float]) -> None:
     assert logits.grad is not None
     assert logits.grad[[0, 2]].isfinite().all()
     assert poison[0] != -INF or not logits.grad[1].any()
+
+
+def test_a_target_on_a_padding_column_is_impossible() -> None:
+    logits = torch.zeros(2, 4, requires_grad=True)
+    stats = token_stats(logits, torch.tensor([1, 3]), vocab_size=3)
+    assert stats.logprob.tolist() == pytest.approx([-math.log(3), -INF])
+    torch.autograd.backward(stats.logprob, torch.ones(2))
+    assert logits.grad is not None
+    assert not logits.grad[1].any()
+    assert not logits.grad[:, 3].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

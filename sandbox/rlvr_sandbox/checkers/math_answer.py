@@ -18,7 +18,6 @@ from rlvr_sandbox.checkers.answers import last_marked
 from rlvr_sandbox.verdicts import Judgement, Verdict
 
 MAX_ANSWER_CHARS = 2_000
-MAX_NESTING = 40
 UNMARKED_TAIL_CHARS = 2_000
 
 _NOISE = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;:]|\$")
@@ -61,14 +60,6 @@ def _sides(answer: str) -> list[str]:
     return sides[1:] if len(sides) > 1 and _NAME.fullmatch(sides[0]) else sides
 
 
-def _nesting(text: str) -> int:
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    return deepest
-
-
 @functools.lru_cache(maxsize=1024)
 def _parsed(text: str) -> list[Any]:
     parsed: list[Any] = parse(f"\\boxed{{{text}}}", parsing_timeout=None)
@@ -87,10 +78,6 @@ def _judge_answer(answer: str, gold: str) -> Judgement:
         # math-verify reads a word as the product of its letters, which would accept anagrams.
         same = plain.casefold() == plain_gold.casefold()
         return Judgement(Verdict.ACCEPTED if same else Verdict.WRONG_ANSWER)
-    if len(answer) > MAX_ANSWER_CHARS:
-        return Judgement(Verdict.WRONG_ANSWER, f"the answer has {len(answer)} characters, more than {MAX_ANSWER_CHARS}")
-    if _nesting(answer) > MAX_NESTING:
-        return Judgement(Verdict.WRONG_ANSWER, f"the answer nests deeper than {MAX_NESTING}")
     if _names_several(plain, plain_gold):
         return Judgement(Verdict.WRONG_ANSWER, "the answer names several values")
     # math-verify compares one side of a chain only, which would accept 1 = 2 = 5 for 5.
@@ -116,4 +103,6 @@ def judge(response: str, spec: Mapping[str, Any]) -> Judgement:
         answer = found[-1] if found else None
     if answer is None:
         return Judgement(Verdict.NO_ANSWER, "no answer found")
+    if len(answer) > MAX_ANSWER_CHARS:
+        return Judgement(Verdict.WRONG_ANSWER, f"the answer has {len(answer)} characters, more than {MAX_ANSWER_CHARS}")
     return _judge_answer(answer, spec["answer"])
