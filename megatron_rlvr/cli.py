@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if config is not None:
             return _train(config)
-        from megatron_rlvr.report import write_report
+        from megatron_rlvr.report.report import write_report
 
         print(write_report(parsed.runs, parsed.output))
     except (RLVRError, ConfigError) as error:
@@ -54,12 +54,16 @@ def _train(config: Config) -> int:
 
     if worker.is_rank():
         return worker.run_rank(config)
-    from megatron_rlvr.training.launch import launch
+    from megatron_rlvr.training.launch import launch, preflight
     from megatron_rlvr.training.run_directory import RunDirectory
 
+    preflight(config)
     directory = RunDirectory(config.run.dir)
     directory.open(config)
-    launch(directory.config_file, config.world_size)
+    if directory.finished(config.run.steps):
+        print(f"{directory.path} has all its {config.run.steps} steps; see: megatron-rlvr report {directory.path}")
+    else:
+        launch(directory.config_file, config.world_size)
     return 0
 
 

@@ -22,6 +22,7 @@ RECIPES = ("none", "par", "par_stage", "par_epoch")
 ENGINES = ("embedded",)
 PRECISIONS = ("fp32", "bf16")
 LR_SCHEDULES = ("constant", "cosine")
+SHUFFLES = ("prompts", "rows")
 _REQUIRED = "???"  # OmegaConf's mark of a value that has to be given
 
 
@@ -88,6 +89,7 @@ class ObjectiveConfig:
     clip_high: float = _key(0.2, "the ratio is clipped from above at 1 + clip_high")
     minibatches: int = _key(4, "optimizer updates per pass over a rollout batch (N of the paper)")
     epochs: int = _key(1, "passes over a rollout batch")
+    shuffle: str = _key("prompts", "what mini-batches are dealt by: whole prompts, or single rows")
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,8 @@ def _refuse_unknown(layer: DictConfig) -> None:
     for key, values in layer.items():
         section = str(key)
         if section not in sections:
-            raise _unknown_key(section)
+            inner = [f".{name!s}" for name in values] if isinstance(values, DictConfig) else []
+            raise _unknown_key(section + "".join(inner[:1]))
         if not isinstance(values, DictConfig):
             raise ConfigError(f"{section} is a section; set one of its keys, such as {_nearest(section)}")
         for name in map(str, values):
@@ -280,6 +283,7 @@ def _check_ranges(config: Config) -> None:
         "rollout.engine": ENGINES,
         "policy.precision": PRECISIONS,
         "policy.lr_schedule": LR_SCHEDULES,
+        "objective.shuffle": SHUFFLES,
         "entropy.recipe": RECIPES,
     }
     for key, allowed in choices.items():

@@ -1,7 +1,9 @@
-"""Report: what a run records while it trains, and the figures and pages made of it."""
+"""Report: what a run records while it trains; `megatron_rlvr.report.report` makes figures and pages of it.
+
+That module is not imported here: a trainer rank has no use for matplotlib.
+"""
 
 from megatron_rlvr.report.recorder import RunRecorder
 from megatron_rlvr.report.records import append_record, read_records
-from megatron_rlvr.report.report import load_run, write_report
 
-__all__ = ["RunRecorder", "append_record", "load_run", "read_records", "write_report"]
+__all__ = ["RunRecorder", "append_record", "read_records"]

@@ -47,9 +47,7 @@ def resume(trainer: Trainer) -> int:
     steps = trainer.directory.saved_steps()
     if not steps:
         return 0
-    if trainer.rank == 0:
-        trainer.directory.verify_checkpoint(steps[-1])
-    dist.barrier()
+    trainer.on_rank_0(lambda: trainer.directory.verify_checkpoint(steps[-1]))
     directory = trainer.directory.checkpoint(steps[-1])
     load_policy(trainer.policy, directory)
     state = json.loads((directory / _RUN_STATE).read_text())

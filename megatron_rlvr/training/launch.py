@@ -14,7 +14,22 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from megatron_rlvr.config import Config
 from megatron_rlvr.core import RLVRError
+from megatron_rlvr.data import open_prompts
+from megatron_rlvr.policy.hf_weights import TensorReader, read_hf_config
+
+
+def preflight(config: Config) -> None:
+    """Find in a second what every rank would find after loading everything.
+
+    Raises:
+        RLVRError: If the model directory or a prompt source cannot be used.
+    """
+    read_hf_config(config.policy.model)
+    TensorReader(config.policy.model)
+    for source in filter(None, (config.data.train, config.data.heldout)):
+        open_prompts(source, chat_template=str)  # any template shows whether the rows are sound
 
 
 def launch(config_file: Path, processes: int) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_rlvr.config import ObjectiveConfig
-from megatron_rlvr.core import FinishReason, RLVRError, RolloutBatch, Sample, StepMetrics, Verdict
+from megatron_rlvr.core import FinishReason, RolloutBatch, Sample, StepMetrics, Verdict
+from megatron_rlvr.entropy import mean_entropy
 from megatron_rlvr.evaluation import EvalMetrics, evaluate_answers
 from megatron_rlvr.objective import grpo_advantages
 from megatron_rlvr.policy.policy import TrainingRows
@@ -46,11 +47,10 @@ def prepare(
     """
     mask_BL = batch.response_mask_BL & batch.valid_B[:, None]
     tokens = int(mask_BL.sum())
-    if tokens == 0:
-        raise RLVRError("no response of this step has a verdict; see the verifier's log, then resume the run")
-    advantages_B = grpo_advantages(batch.rewards_B, batch.groups_B, batch.valid_B)
     # Sums over one flat, ordered list of tokens in float64: the same number in every layout.
     entropy_sum = float(entropy_BL[mask_BL].double().sum())
+    signal = mean_entropy(entropy_sum, tokens)
+    advantages_B = grpo_advantages(batch.rewards_B, batch.groups_B, batch.valid_B)
     metrics.add("entropy", entropy_sum, tokens)
     gap_T = (logprobs_BL - batch.rollout_logprobs_BL)[mask_BL].double()
     # k3 of KL(rollout || trainer), Schulman 2020: zero where both agree, never negative
@@ -64,16 +64,20 @@ def prepare(
         old_logprobs_BL=logprobs_BL,
         advantages_BL=advantages_B[:, None].expand_as(logprobs_BL),
     )
-    return PreparedBatch(rows=rows, groups_B=batch.groups_B, entropy=entropy_sum / tokens)
+    return PreparedBatch(rows=rows, groups_B=batch.groups_B, entropy=signal)
 
 
 def minibatches(batch: PreparedBatch, objective: ObjectiveConfig, seed: int) -> Iterator[TrainingRows]:
-    """The step's mini-batches: each epoch deals whole prompts, shuffled by ``seed``, into ``objective.minibatches``."""
-    prompts = int(batch.groups_B.max()) + 1
+    """The step's mini-batches: each epoch deals all rows into ``objective.minibatches``, in an order fixed by ``seed``.
+
+    ``objective.shuffle`` says whether the rows of a prompt stay together (as in the paper's framework) or not.
+    """
+    prompts_B = batch.groups_B if objective.shuffle == "prompts" else torch.arange(len(batch.groups_B))
     for epoch in range(objective.epochs):
         generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
-        for chosen in torch.randperm(prompts, generator=generator).chunk(objective.minibatches):
-            rows = torch.cat([(batch.groups_B == prompt).nonzero()[:, 0] for prompt in chosen])
+        order = torch.randperm(int(prompts_B.max()) + 1, generator=generator)
+        rows_by_order = torch.argsort(torch.argsort(order)[prompts_B], stable=True)
+        for rows in rows_by_order.chunk(objective.minibatches):
             yield batch.rows.select(rows)
 
 

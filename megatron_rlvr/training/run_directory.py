@@ -62,6 +62,10 @@ class RunDirectory:
         found = (_STEP.fullmatch(entry.name) for entry in self.checkpoints.glob("step_*"))
         return sorted(int(match[1]) for match in found if match)
 
+    def finished(self, steps: int) -> bool:
+        """Whether the run has done all its ``steps`` and exported its model, which is the last thing it does."""
+        return self.saved_steps()[-1:] == [steps] and (self.model / "model.safetensors").exists()
+
     def checkpoint(self, step: int) -> Path:
         """The directory of the checkpoint after ``step`` steps."""
         return self.checkpoints / f"step_{step}"

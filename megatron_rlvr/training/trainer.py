@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -74,19 +74,17 @@ class Trainer:
             steps_per_epoch=max(1, round(len(prompts) / rollout.prompts)),
         )
         self.step = checkpoint.resume(self)
-        if self.rank == 0:
-            url = config.verify.url or self._resources.enter_context(local_service())
-            self._verifier = self._resources.enter_context(
-                VerifierClient(
-                    url,
-                    deadline_s=config.verify.deadline_s,
-                    max_infra_error_share=config.verify.max_infra_error_share,
-                )
-            )
-            self.directory.truncate_records(self.step)
-            self._recorder = self._resources.enter_context(
-                RunRecorder(self.directory.path, total_steps=run.steps, first_step=self.step)
-            )
+        self.on_rank_0(self._open_services)
+
+    def _open_services(self) -> None:
+        """What only rank 0 has: the verifier and the run's records."""
+        verify = self.config.verify
+        url = verify.url or self._resources.enter_context(local_service())
+        client = VerifierClient(url, deadline_s=verify.deadline_s, max_infra_error_share=verify.max_infra_error_share)
+        self._verifier = self._resources.enter_context(client)
+        self.directory.truncate_records(self.step)
+        recorder = RunRecorder(self.directory.path, total_steps=self.config.run.steps, first_step=self.step)
+        self._recorder = self._resources.enter_context(recorder)
 
     def __enter__(self) -> Trainer:
         """The trainer itself."""
@@ -170,13 +168,13 @@ class Trainer:
 
     def _verify(self, prompts: Sequence[Prompt], samples: Sequence[Sample], metrics: StepMetrics) -> RolloutBatch:
         """The verified batch, on every rank."""
-        batch = None
-        if self.rank == 0:
+
+        def judged() -> RolloutBatch:
             verdicts = self._judge(prompts, samples)
             record_samples(samples, verdicts, metrics)
-            batch = RolloutBatch.from_samples(samples, self.pad_id).with_verdicts(verdicts)
-        batch = self._from_rank_0(batch)
-        assert batch is not None
+            return RolloutBatch.from_samples(samples, self.pad_id).with_verdicts(verdicts)
+
+        batch = self.on_rank_0(judged)
         if batch.weight_version != self.step:
             raise RLVRError(
                 f"step {self.step} got samples of weight version {batch.weight_version}; an engine serves stale "
@@ -201,17 +199,28 @@ class Trainer:
             return
         seed = derive_seed(self.config.run.seed, _EVALUATION)
         samples = self._rollout(self.heldout, self.config.evaluation.samples, seed)
-        if self.rank == 0:
+
+        def record() -> None:
             result = evaluate(samples, self._judge(self.heldout, samples))
             self._recorder.record_evaluation({"step": self.step, **asdict(result)})
+
+        self.on_rank_0(record)
 
     def _seed(self, stream: int) -> int:
         return derive_seed(self.config.run.seed, stream, self.step)
 
-    def _from_rank_0(self, value: T) -> T:
-        box = [value]
+    def on_rank_0(self, work: Callable[[], T]) -> T:
+        """Do ``work`` on rank 0 and return its result on every rank; an `RLVRError` is raised on every rank alike."""
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = work()
+            except RLVRError as error:
+                box[1] = error
         dist.broadcast_object_list(box, src=0, group=self._control)
-        return box[0]
+        if box[1] is not None:
+            raise box[1]
+        return cast(T, box[0])
 
 
 @contextlib.contextmanager

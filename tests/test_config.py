@@ -1,0 +1,158 @@
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rlvr.config import Config, ConfigError, config_keys, differences, load_config, save_config
+
+REQUIRED = ("run.dir=r", "data.train=countdown:train", "policy.model=m")
+
+# Adding, renaming or removing a key is a decision: it changes this list, the README and the CHANGELOG.
+KEYS = """
+run.dir run.steps run.seed run.checkpoint_every run.checkpoints_kept
+data.train data.heldout
+rollout.engine rollout.prompts rollout.samples_per_prompt rollout.max_new_tokens rollout.temperature
+rollout.prompts_per_call
+policy.model policy.tensor_parallel policy.data_parallel policy.precision policy.micro_batch policy.learning_rate
+policy.lr_schedule policy.megatron
+objective.clip_low objective.clip_high objective.minibatches objective.epochs objective.shuffle
+entropy.recipe entropy.target entropy.step entropy.initial
+verify.url verify.deadline_s verify.max_infra_error_share
+evaluation.every evaluation.prompts evaluation.samples
+""".split()  # noqa: SIM905 - one section per line
+
+
+def test_the_key_list_is_frozen():
+    assert list(config_keys()) == KEYS
+
+
+def test_every_key_is_explained():
+    assert all(entry.metadata["help"] for entry in config_keys().values())
+
+
+def test_the_defaults_are_the_papers_settings():
+    config = load_config(None, REQUIRED)
+    assert (config.rollout.prompts, config.rollout.samples_per_prompt, config.rollout.temperature) == (256, 16, 1.0)
+    assert (config.objective.minibatches, config.objective.epochs) == (4, 1)
+    assert (config.objective.clip_low, config.objective.clip_high) == (0.2, 0.2)
+    assert (config.entropy.recipe, config.entropy.target, config.entropy.step, config.entropy.initial) == (
+        *("par", 0.2),
+        *(0.05, 0.0),
+    )
+    assert (config.policy.learning_rate, config.policy.lr_schedule) == (1e-6, "cosine")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("run.step=3", "there is no key 'run.step'; did you mean 'run.steps'"),
+        ("rollout.temprature=2", "did you mean 'rollout.temperature'"),
+        ("micro_batch_size=3", "did you mean 'policy.micro_batch'"),
+        ("runs.steps=3", "did you mean 'run.steps'"),
+        ("run.steps.more=3", "run.steps"),
+        ("run=3", "run is a section; set one of its keys"),
+        ("run.steps", "is not key=value"),
+        ("=3", "is not key=value"),
+        ("run.steps=many", "run.steps: Value 'many' of type 'str' could not be converted to Integer; it takes a whole"),
+        ("run.steps=1.5", "it takes a whole number"),
+        ("run.steps=0", "run.steps is 0; it has to be above 0"),
+        ("policy.learning_rate=fast", "it takes a number"),
+        ("policy.megatron=3", "it takes a mapping"),
+        ("data.train=null", "it takes text"),
+        ("rollout.temperature=nan", "rollout.temperature is nan; it has to be above 0"),
+        ("rollout.temperature=inf", "rollout.temperature is inf"),
+        ("objective.clip_low=1.5", "objective.clip_low is 1.5; it has to lie between 0.0 and 1.0"),
+        ("entropy.initial=-1", "entropy.initial is -1"),
+        ("entropy.recipe=pra", "it is one of none, par, par_stage, par_epoch (nearest: par)"),
+        ("policy.precision=fp64", "it is one of fp32, bf16"),
+        ("rollout.engine=vllm", "it is one of embedded"),
+        ("objective.minibatches=3", "rollout.prompts=256 does not split into objective.minibatches=3"),
+        ("rollout.samples_per_prompt=1", "needs at least 2"),
+        ("policy.data_parallel=3", "does not split over policy.data_parallel=3"),
+        ("evaluation.every=5", "needs data.heldout"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_sentence(override, said):
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [*REQUIRED, override])
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("missing", REQUIRED)
+def test_a_required_value_is_asked_for(missing):
+    with pytest.raises(ConfigError, match=missing.partition("=")[0] + " has no value"):
+        load_config(None, [value for value in REQUIRED if value != missing])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- a\n- b\n", "holds a list or a scalar"),
+        ("run: [", "cannot be read as YAML"),
+        ("run:\n  stepz: 3\n", "did you mean 'run.steps'"),
+        ("\xff\xfe", "cannot be read"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, text, said):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=said):
+        load_config(path, REQUIRED)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="there is no configuration file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "run: {dir: r, steps: 7, seed: 5}\ndata: {train: t}\npolicy: {model: m, megatron: {clip_grad: 0.5}}\n"
+    )
+    config = load_config(path, ["run.steps=9", "policy.megatron.adam_beta2=0.95"])
+    assert (config.run.steps, config.run.seed, config.run.checkpoint_every) == (9, 5, 20)
+    assert config.policy.megatron == {"clip_grad": 0.5, "adam_beta2": 0.95}
+
+
+@given(
+    steps=st.integers(1, 10**6),
+    rate=st.floats(1e-9, 1.0),
+    directory=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20).filter(
+        lambda text: "${" not in text and text != "???"
+    ),
+)
+def test_a_saved_configuration_reads_back_equal(tmp_path_factory, steps, rate, directory):
+    config = load_config(None, REQUIRED)
+    config = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, steps=steps, dir=directory),
+        policy=dataclasses.replace(config.policy, learning_rate=rate, megatron={"clip_grad": rate, "a": [1, "x"]}),
+    )
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    save_config(config, path)
+    assert load_config(path) == config
+    assert differences(config, load_config(path, ["run.seed=77"])) == ["run.seed"]
+
+
+def test_the_configuration_is_frozen():
+    config = load_config(None, REQUIRED)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.run.steps = 3
+
+
+def test_the_examples_are_valid():
+    examples = list((Path(__file__).parent.parent / "examples").rglob("*.yaml"))
+    assert examples
+    for path in examples:
+        assert isinstance(load_config(path), Config)
+
+
+def test_importing_the_configuration_does_not_import_torch():
+    code = "import sys, megatron_rlvr.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,137 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rlvr.config import ObjectiveConfig
+from megatron_rlvr.core import FinishReason, RLVRError, RolloutBatch, Sample, StepMetrics, Verdict
+from megatron_rlvr.policy import cpu_runtime
+
+cpu_runtime.install()
+
+from megatron_rlvr.training.phases import evaluate, minibatches, prepare, record_samples  # noqa: E402
+
+
+def sample(group=0, response=(5, 1), text="x", reason=FinishReason.STOP, version=0, prompt=(2, 3)):
+    return Sample(group, list(prompt), list(response), [-0.5] * len(response), text, reason, version)
+
+
+def batch_of(verdicts_by_group):
+    samples = [sample(group, response=(5,) * (1 + row)) for group, row in verdicts_by_group]
+    return samples, RolloutBatch.from_samples(samples, pad_id=0)
+
+
+def test_rows_are_padded_and_masked():
+    batch = RolloutBatch.from_samples([sample(0, (5, 1)), sample(1, (6, 7, 8), prompt=(4,))], pad_id=9)
+    assert batch.tokens_BL.tolist() == [[2, 3, 5, 1], [4, 6, 7, 8]]
+    assert batch.response_mask_BL.tolist() == [[False, False, True, True], [False, True, True, True]]
+    assert batch.rollout_logprobs_BL.tolist() == [[0, 0, -0.5, -0.5], [0, -0.5, -0.5, -0.5]]
+
+
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [
+        ([], "no samples"),
+        ([sample(response=())], "0 response tokens"),
+        ([sample(prompt=())], "0 prompt tokens"),
+        ([sample(version=1), sample(version=2)], r"mixes weight versions \[1, 2\]"),
+    ],
+)
+def test_unusable_samples_are_refused(samples, said):
+    with pytest.raises(RLVRError, match=said):
+        RolloutBatch.from_samples(samples, pad_id=0)
+
+
+def test_only_accepted_earns_a_reward_and_infra_errors_are_no_verdict():
+    _, batch = batch_of([(0, row) for row in range(len(Verdict))])
+    judged = batch.with_verdicts(list(Verdict))
+    assert [bool(reward) for reward in judged.rewards_B] == [verdict is Verdict.ACCEPTED for verdict in Verdict]
+    assert [bool(valid) for valid in judged.valid_B] == [verdict is not Verdict.INFRA_ERROR for verdict in Verdict]
+    with pytest.raises(ValueError, match="verdicts for"):
+        batch.with_verdicts([])
+
+
+def test_prepare_by_hand():
+    _, batch = batch_of([(0, 0), (0, 1), (0, 2)])  # 1, 2 and 3 response tokens
+    batch = batch.with_verdicts([Verdict.ACCEPTED, Verdict.WRONG_ANSWER, Verdict.INFRA_ERROR])
+    logprobs = torch.full(batch.tokens_BL.shape, -0.5)
+    entropy = torch.arange(batch.tokens_BL.numel(), dtype=torch.float32).view(batch.tokens_BL.shape)
+    metrics = StepMetrics()
+    prepared = prepare(batch, logprobs, entropy, metrics)
+    # rows of 5 columns, prompts in columns 0-1: tokens 2; 7, 8; the third row has no verdict
+    assert prepared.entropy == pytest.approx((2 + 7 + 8) / 3)
+    assert prepared.rows.mask_BL.sum().item() == 3
+    assert prepared.rows.advantages_BL[0, 0].item() == pytest.approx(2**-0.5, abs=1e-5)
+    assert prepared.rows.advantages_BL[1, 0].item() == pytest.approx(-(2**-0.5), abs=1e-5)
+    assert prepared.rows.advantages_BL[2, 0].item() == 0
+    means = metrics.means()
+    assert means["reward_mean"] == 0.5
+    assert means["rollout_trainer_kl"] == 0
+    assert means["informative_share"] == pytest.approx(2 / 3)
+
+
+def test_a_step_without_verdicts_is_refused():
+    _, batch = batch_of([(0, 0), (0, 1)])
+    batch = batch.with_verdicts([Verdict.INFRA_ERROR] * 2)
+    zeros = torch.zeros(batch.tokens_BL.shape)
+    with pytest.raises(RLVRError, match="verdict"):
+        prepare(batch, zeros, zeros, StepMetrics())
+
+
+@given(
+    prompts=st.integers(1, 6),
+    group_size=st.integers(2, 4),
+    pieces=st.integers(1, 3),
+    epochs=st.integers(1, 3),
+    shuffle=st.sampled_from(["prompts", "rows"]),
+    seed=st.integers(0, 2**31),
+)
+def test_every_epoch_deals_every_row_once(prompts, group_size, pieces, epochs, shuffle, seed):
+    prompts *= pieces
+    _, batch = batch_of([(group, row) for group in range(prompts) for row in range(group_size)])
+    batch = batch.with_verdicts([Verdict.ACCEPTED, Verdict.WRONG_ANSWER, *[Verdict.ACCEPTED] * (len(batch) - 2)])
+    marks = torch.arange(float(len(batch)))[:, None].expand(batch.tokens_BL.shape)
+    prepared = prepare(batch, marks, torch.zeros(batch.tokens_BL.shape), StepMetrics())
+    objective = ObjectiveConfig(minibatches=pieces, epochs=epochs, shuffle=shuffle)
+    dealt = [rows.old_logprobs_BL[:, 0].long().tolist() for rows in minibatches(prepared, objective, seed)]
+    again = [rows.old_logprobs_BL[:, 0].long().tolist() for rows in minibatches(prepared, objective, seed)]
+    assert dealt == again
+    assert len(dealt) == pieces * epochs
+    for epoch in range(epochs):
+        piece_rows = dealt[epoch * pieces : (epoch + 1) * pieces]
+        assert sorted(row for rows in piece_rows for row in rows) == list(range(len(batch)))
+        for rows in piece_rows:
+            assert len(rows) == len(batch) // pieces
+            if shuffle == "prompts":
+                assert len({row // group_size for row in rows}) == prompts // pieces
+
+
+def test_evaluation_leaves_out_what_has_no_verdict():
+    samples = [sample(0, text="a"), sample(0, text="a"), sample(0, text="b"), sample(1, text="c"), sample(1, text="d")]
+    right, wrong, unknown = Verdict.ACCEPTED, Verdict.WRONG_ANSWER, Verdict.INFRA_ERROR
+    result = evaluate(samples, [right, right, unknown, right, wrong])
+    assert result.avg_at_k == 0.75
+    assert result.pass_at_k == {1: 0.75, 2: 1.0}
+    assert result.distinct_correct == 1.0
+    assert result.samples == 4
+
+
+def test_sample_records():
+    metrics = StepMetrics()
+    samples = [sample(response=(5,)), sample(response=(5, 6, 7), reason=FinishReason.LENGTH)]
+    record_samples(samples, [Verdict.ACCEPTED, Verdict.TIME_LIMIT], metrics)
+    means = metrics.means()
+    assert means["response_tokens"] == 2
+    assert means["truncated_share"] == 0.5
+    assert means["verdict/accepted"] == means["verdict/time_limit"] == 0.5
+    assert sum(value for name, value in means.items() if name.startswith("verdict/")) == 1
+
+
+@given(st.lists(st.tuples(st.floats(-10, 10), st.integers(0, 5)), min_size=1, max_size=8), st.integers(0, 8))
+def test_step_metrics_do_not_depend_on_the_grouping(parts, cut):
+    whole, left = StepMetrics(), StepMetrics()
+    for total, count in parts:
+        whole.add("x", total, count)
+    for half in (parts[:cut], parts[cut:]):
+        left.add("x", sum(total for total, _ in half), sum(count for _, count in half))
+    assert left.means() == pytest.approx(whole.means())
