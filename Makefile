@@ -22,12 +22,10 @@ setup: $(VENV)/installed
 $(VENV)/installed: pyproject.toml sandbox/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=…")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "setup 1/3: torch"
+	@echo "setup 1/2: torch (a minute or two the first time)"
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	@echo "setup 2/3: megatron-rlvr, rlvr-sandbox and what they need"
+	@echo "setup 2/2: megatron-rlvr, rlvr-sandbox and what they need"
 	@$(PIP) --editable sandbox --editable '.[dev]'
-	@echo "setup 3/3: compiling"
-	@$(BIN)/python -m compileall -q $(VENV)/lib/python3*/site-packages/megatron $(VENV)/lib/python3*/site-packages/transformers || true
 	@touch $@
 
 # The newest Megatron-Core wants Python 3.12 on paper; the policy is tested on it from 3.11 too, beside the installed one.

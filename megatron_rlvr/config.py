@@ -22,7 +22,6 @@ RECIPES = ("none", "par", "par_stage", "par_epoch")
 ENGINES = ("embedded",)
 PRECISIONS = ("fp32", "bf16")
 LR_SCHEDULES = ("constant", "cosine")
-SHUFFLES = ("prompts", "rows")
 _REQUIRED = "???"  # OmegaConf's mark of a value that has to be given
 
 
@@ -89,7 +88,6 @@ class ObjectiveConfig:
     clip_high: float = _key(0.2, "the ratio is clipped from above at 1 + clip_high")
     minibatches: int = _key(4, "optimizer updates per pass over a rollout batch (N of the paper)")
     epochs: int = _key(1, "passes over a rollout batch")
-    shuffle: str = _key("prompts", "what mini-batches are dealt by: whole prompts, or single rows")
 
 
 @dataclass(frozen=True)
@@ -283,7 +281,6 @@ def _check_ranges(config: Config) -> None:
         "rollout.engine": ENGINES,
         "policy.precision": PRECISIONS,
         "policy.lr_schedule": LR_SCHEDULES,
-        "objective.shuffle": SHUFFLES,
         "entropy.recipe": RECIPES,
     }
     for key, allowed in choices.items():

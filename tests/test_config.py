@@ -19,7 +19,7 @@ rollout.engine rollout.prompts rollout.samples_per_prompt rollout.max_new_tokens
 rollout.prompts_per_call
 policy.model policy.tensor_parallel policy.data_parallel policy.precision policy.micro_batch policy.learning_rate
 policy.lr_schedule policy.megatron
-objective.clip_low objective.clip_high objective.minibatches objective.epochs objective.shuffle
+objective.clip_low objective.clip_high objective.minibatches objective.epochs
 entropy.recipe entropy.target entropy.step entropy.initial
 verify.url verify.deadline_s verify.max_infra_error_share
 evaluation.every evaluation.prompts evaluation.samples

@@ -96,13 +96,14 @@ def build_optimizer(
     Args:
         config: Learning rate, schedule, precision and passthrough options.
         model: The wrapped model.
-        total_steps: Rollout steps of the run; a cosine schedule ends there at 0.
+        total_steps: Rollout steps of the run; a cosine schedule ends there at 0 (or ``policy.megatron.min_lr``).
     """
     settings = _build(
         OptimizerConfig,
         config.megatron,
         optimizer="adam",
         lr=config.learning_rate,
+        min_lr=0.0,  # the parameter groups carry it, and a cosine schedule reads it there
         bf16=config.precision == "bf16",
         params_dtype=_dtype(config),
     )
@@ -111,7 +112,7 @@ def build_optimizer(
         optimizer,
         init_lr=config.learning_rate,
         max_lr=config.learning_rate,
-        min_lr=config.learning_rate if config.lr_schedule == "constant" else 0.0,
+        min_lr=settings.min_lr,
         lr_warmup_steps=0,
         lr_decay_steps=total_steps,
         lr_decay_style=config.lr_schedule,

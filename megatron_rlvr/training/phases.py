@@ -68,16 +68,11 @@ def prepare(
 
 
 def minibatches(batch: PreparedBatch, objective: ObjectiveConfig, seed: int) -> Iterator[TrainingRows]:
-    """The step's mini-batches: each epoch deals all rows into ``objective.minibatches``, in an order fixed by ``seed``.
-
-    ``objective.shuffle`` says whether the rows of a prompt stay together (as in the paper's framework) or not.
-    """
-    prompts_B = batch.groups_B if objective.shuffle == "prompts" else torch.arange(len(batch.groups_B))
+    """The step's mini-batches: each epoch deals whole prompts, shuffled by ``seed``, into ``objective.minibatches``."""
     for epoch in range(objective.epochs):
         generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
-        order = torch.randperm(int(prompts_B.max()) + 1, generator=generator)
-        rows_by_order = torch.argsort(torch.argsort(order)[prompts_B], stable=True)
-        for rows in rows_by_order.chunk(objective.minibatches):
+        place_of_prompt = torch.randperm(int(batch.groups_B.max()) + 1, generator=generator)
+        for rows in torch.argsort(place_of_prompt[batch.groups_B], stable=True).chunk(objective.minibatches):
             yield batch.rows.select(rows)
 
 

@@ -108,8 +108,9 @@ class RunDirectory:
 
     def truncate_records(self, steps: int) -> None:
         """Drop the records of steps that will be repeated, i.e. those after the first ``steps``."""
-        for path, last in ((self.metrics_file, steps - 1), (self.evaluations_file, steps)):
-            kept = [record for record in read_records(path) if record["step"] <= last]
+        # A step's record carries the steps done before it, an evaluation's likewise; a fresh run evaluates first.
+        for path, first_repeated in ((self.metrics_file, steps), (self.evaluations_file, steps + 1 if steps else 0)):
+            kept = [record for record in read_records(path) if record["step"] < first_repeated]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
             os.replace(temporary, path)

@@ -83,16 +83,15 @@ def test_a_step_without_verdicts_is_refused():
     group_size=st.integers(2, 4),
     pieces=st.integers(1, 3),
     epochs=st.integers(1, 3),
-    shuffle=st.sampled_from(["prompts", "rows"]),
     seed=st.integers(0, 2**31),
 )
-def test_every_epoch_deals_every_row_once(prompts, group_size, pieces, epochs, shuffle, seed):
+def test_every_epoch_deals_every_row_once_and_keeps_prompts_whole(prompts, group_size, pieces, epochs, seed):
     prompts *= pieces
     _, batch = batch_of([(group, row) for group in range(prompts) for row in range(group_size)])
     batch = batch.with_verdicts([Verdict.ACCEPTED, Verdict.WRONG_ANSWER, *[Verdict.ACCEPTED] * (len(batch) - 2)])
     marks = torch.arange(float(len(batch)))[:, None].expand(batch.tokens_BL.shape)
     prepared = prepare(batch, marks, torch.zeros(batch.tokens_BL.shape), StepMetrics())
-    objective = ObjectiveConfig(minibatches=pieces, epochs=epochs, shuffle=shuffle)
+    objective = ObjectiveConfig(minibatches=pieces, epochs=epochs)
     dealt = [rows.old_logprobs_BL[:, 0].long().tolist() for rows in minibatches(prepared, objective, seed)]
     again = [rows.old_logprobs_BL[:, 0].long().tolist() for rows in minibatches(prepared, objective, seed)]
     assert dealt == again
@@ -102,8 +101,7 @@ def test_every_epoch_deals_every_row_once(prompts, group_size, pieces, epochs, s
         assert sorted(row for rows in piece_rows for row in rows) == list(range(len(batch)))
         for rows in piece_rows:
             assert len(rows) == len(batch) // pieces
-            if shuffle == "prompts":
-                assert len({row // group_size for row in rows}) == prompts // pieces
+            assert len({row // group_size for row in rows}) == prompts // pieces
 
 
 def test_evaluation_leaves_out_what_has_no_verdict():

@@ -107,6 +107,8 @@ def test_records_after_the_checkpoint_are_dropped(directory):
     directory.truncate_records(2)
     assert [record["step"] for record in read_records(directory.metrics_file)] == [0, 1]
     assert [record["step"] for record in read_records(directory.evaluations_file)] == [0, 2]
+    directory.truncate_records(0)  # killed before the first checkpoint: the base model is evaluated again
+    assert read_records(directory.metrics_file) == read_records(directory.evaluations_file) == []
 
 
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
