@@ -157,7 +157,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         name, equals, _ = override.partition("=")
         if not equals or not name:
             raise ConfigError(f"override '{override}' is not key=value; write for example run.steps=100")
-    layers.append(OmegaConf.from_dotlist(list(overrides)))
+    # 'key=' means empty text, where YAML would read nothing at all
+    layers.append(OmegaConf.from_dotlist([f'{text}""' if text.endswith("=") else text for text in overrides]))
     for layer in layers[1:]:
         _refuse_unknown(layer)
     try:
@@ -255,10 +256,13 @@ def _nearest(key: str) -> str:
 
 
 def _check_ranges(config: Config) -> None:
+    for key in ("run.dir", "data.train", "policy.model"):
+        if not _get(config, key):
+            raise ConfigError(f"{key} is empty; set it in the YAML file or as {key}=…")
     positive = (
         *("run.steps", "run.checkpoint_every", "run.checkpoints_kept", "rollout.prompts", "rollout.max_new_tokens"),
         *("rollout.temperature", "rollout.prompts_per_call", "policy.tensor_parallel", "policy.data_parallel"),
-        *("policy.micro_batch", "policy.learning_rate", "objective.minibatches", "objective.epochs"),
+        *("policy.micro_batch", "policy.learning_rate", "objective.minibatches", "objective.epochs", "entropy.step"),
         *("verify.deadline_s", "evaluation.prompts", "evaluation.samples"),
     )
     for key in positive:

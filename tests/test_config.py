@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rlvr.config import Config, ConfigError, config_keys, differences, load_config, save_config
@@ -57,6 +57,7 @@ def test_the_defaults_are_the_papers_settings():
         ("run=3", "run is a section; set one of its keys"),
         ("run.steps", "is not key=value"),
         ("=3", "is not key=value"),
+        ("run.dir=", "run.dir is empty"),
         ("run.steps=many", "run.steps: Value 'many' of type 'str' could not be converted to Integer; it takes a whole"),
         ("run.steps=1.5", "it takes a whole number"),
         ("run.steps=0", "run.steps is 0; it has to be above 0"),
@@ -120,6 +121,7 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert config.policy.megatron == {"clip_grad": 0.5, "adam_beta2": 0.95}
 
 
+@settings(max_examples=15)
 @given(
     steps=st.integers(1, 10**6),
     rate=st.floats(1e-9, 1.0),
@@ -138,6 +140,12 @@ def test_a_saved_configuration_reads_back_equal(tmp_path_factory, steps, rate, d
     save_config(config, path)
     assert load_config(path) == config
     assert differences(config, load_config(path, ["run.seed=77"])) == ["run.seed"]
+
+
+def test_a_text_can_be_emptied(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {train: t, heldout: h}\nrun: {dir: r}\npolicy: {model: m}\n")
+    assert load_config(path, ["data.heldout="]).data.heldout == ""
 
 
 def test_the_configuration_is_frozen():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,12 @@ def load_policy(policy: Policy, directory: Path) -> None:
     Raises:
         RLVRError: If the checkpoint was made by another number of ranks.
     """
-    if not (directory / _rng_file()).exists() or (directory / _rng_file(dist.get_world_size())).exists():
+    # Every rank counts, so that all of them refuse: one that raised alone would leave the others waiting for it.
+    saved = len(list(directory.glob("rng_*.pt")))
+    if saved != dist.get_world_size():
         raise RLVRError(
-            f"{directory} was saved by another number of ranks than {dist.get_world_size()}; "
-            "resume with the policy.tensor_parallel and policy.data_parallel of the saved run"
+            f"{directory} was saved by {saved} rank(s) and cannot be resumed by {dist.get_world_size()}; "
+            "use the policy.tensor_parallel and policy.data_parallel of the saved run"
         )
     state = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(directory / "policy"))
     policy.module.load_state_dict(state["model"])
@@ -61,8 +64,12 @@ def export_hf(policy: Policy, directory: Path) -> None:
         for name in _HF_FILES:
             if (Path(policy.config.model) / name).exists():
                 shutil.copy(Path(policy.config.model) / name, directory / name)
-        (directory / "config.json").write_text(json.dumps(policy.hf_config, indent=2) + "\n")
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        config = policy.hf_config | {"dtype": dtype, "torch_dtype": dtype}  # names of transformers 5 and 4
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        # Written last and under its final name only when complete: that a run is finished is read from this file.
+        save_file(tensors, directory / "model.unfinished", metadata={"format": "pt"})
+        os.replace(directory / "model.unfinished", directory / "model.safetensors")
     dist.barrier()
 
 
@@ -75,8 +82,8 @@ def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
     }
 
 
-def _rng_file(rank: int | None = None) -> str:
-    return f"rng_{dist.get_rank() if rank is None else rank}.pt"
+def _rng_file() -> str:
+    return f"rng_{dist.get_rank()}.pt"
 
 
 def _rng_state() -> dict[str, Any]:

@@ -18,6 +18,12 @@ from safetensors import SafetensorError, safe_open
 from megatron_rlvr.core import RLVRError
 
 
+_REQUIRED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"),
+)
+
+
 class Layout(Protocol):
     """How the shards of one Megatron parameter and its Hugging Face tensors turn into each other."""
 
@@ -182,11 +188,14 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
         raise RLVRError(f"policy.model={directory} has no config.json; give a Hugging Face model directory") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RLVRError(f"{path} cannot be read ({error}); download the model directory again") from None
-    if config.get("model_type") != "qwen3":
-        raise RLVRError(
-            f"policy.model={directory} is of type {config.get('model_type')!r}; only dense 'qwen3' can be trained"
-        )
-    rope_type = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if model_type != "qwen3":
+        raise RLVRError(f"policy.model={directory} is of type {model_type!r}; only dense 'qwen3' can be trained")
+    missing = [key for key in _REQUIRED if key not in config]
+    if missing:
+        raise RLVRError(f"{path} lacks {', '.join(missing)}; take the config.json that belongs to the weights")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))  # "type" is the older spelling
     for key, value, wanted in (
         ("rope_type", rope_type, "default"),
         ("attention_bias", config.get("attention_bias", False), False),

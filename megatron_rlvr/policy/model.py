@@ -32,12 +32,28 @@ _CONFIG_CLASSES = (TransformerConfig, OptimizerConfig, DistributedDataParallelCo
 _OURS = {
     "tensor_model_parallel_size": "policy.tensor_parallel",
     "lr": "policy.learning_rate",
+    "optimizer": "policy.learning_rate, which is Adam's",
     "bf16": "policy.precision",
     "fp16": "policy.precision",
     "params_dtype": "policy.precision",
     "calculate_per_token_loss": "the objective, which is a token-mean over the global batch",
+    **dict.fromkeys(
+        ("hidden_dropout", "attention_dropout"), "the objective, whose log-probs are those of the policy sampled from"
+    ),
+    **dict.fromkeys(
+        (
+            *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+            *("normalization", "layernorm_epsilon", "qk_layernorm", "gated_linear_unit", "activation_func"),
+            *("add_bias_linear", "add_qkv_bias", "rotary_interleaved", "softmax_scale"),
+        ),
+        "the model's config.json",
+    ),
 }
-_NOT_YET = ("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size", "sequence_parallel")
+_NOT_YET = (
+    *("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size", "sequence_parallel"),
+    "use_distributed_optimizer",  # without TransformerEngine its checkpoints do not load into a new process
+    "overlap_param_gather",  # a resync after the update would send what is not gathered yet
+)
 
 
 def check_passthrough(options: Mapping[str, Any]) -> None:
@@ -51,7 +67,10 @@ def check_passthrough(options: Mapping[str, Any]) -> None:
         if key in _OURS:
             raise RLVRError(f"policy.megatron.{key} is decided by {_OURS[key]}; remove it from policy.megatron")
         if key in _NOT_YET:
-            raise RLVRError(f"policy.megatron.{key} is not supported yet; remove it and use policy.tensor_parallel")
+            raise RLVRError(
+                f"policy.megatron.{key} is not supported yet; remove it (the layouts so far are "
+                "policy.tensor_parallel x policy.data_parallel)"
+            )
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), 1, 0.0)[0]
             raise RLVRError(f"policy.megatron.{key} is no key of Megatron-Core's; did you mean {near}?")

@@ -77,6 +77,8 @@ class EmbeddedEngine:
                     f"resync to version {version} sent {name} as {tuple(tensor.shape)}; "
                     f"the rollout model has {tuple(own[name].shape)}"
                 )
+            if own[name].dtype != tensor.dtype:  # config.json may name another dtype than the trainer computes in
+                own[name].data = torch.empty_like(own[name], dtype=tensor.dtype)
             own[name].copy_(tensor)
             missing.discard(name)
         if missing:
@@ -90,6 +92,8 @@ class EmbeddedEngine:
             raise RLVRError("the embedded engine has no complete set of weights; resync it before generating")
         device = self._model.device
         prompt_ids = [self._tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+        if [] in prompt_ids:
+            raise RLVRError(f"prompt {prompt_ids.index([])} of {len(prompts)} has no tokens; remove it from the source")
         width = max(map(len, prompt_ids))
         ids_BL = torch.full((len(prompts), width), pad_id(self._tokenizer), device=device)
         attend_BL = torch.zeros_like(ids_BL)

@@ -28,12 +28,12 @@ class Engine(Protocol):
         and ``sampling`` alone.
 
         Raises:
-            RLVRError: If no complete set of weights is served.
+            RLVRError: If no complete set of weights is served, or a prompt has no tokens.
         """
         ...
 
     def resync(self, tensors: NamedTensors, version: int) -> None:
-        """Replace all weights by ``tensors`` (Hugging Face names, full tensors) and then serve ``version``.
+        """Replace all weights by ``tensors`` (Hugging Face names, full tensors, their dtype) and then serve ``version``.
 
         Raises:
             RLVRError: If a tensor is unknown, missing or of another shape; nothing is served until a resync succeeds.

@@ -11,10 +11,9 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from megatron_rlvr.config import Config
+from megatron_rlvr.config import Config, ConfigError
 from megatron_rlvr.core import Prompt, RLVRError, RolloutBatch, Sample, SamplingParams, StepMetrics, Verdict
 from megatron_rlvr.data import PromptSampler, open_prompts
-from megatron_rlvr.entropy import build_controller
 from megatron_rlvr.objective import policy_loss
 from megatron_rlvr.policy import parallel
 from megatron_rlvr.policy.checkpoint import export_hf
@@ -22,6 +21,7 @@ from megatron_rlvr.policy.policy import Policy
 from megatron_rlvr.report import RunRecorder
 from megatron_rlvr.rollout import EmbeddedEngine, derive_seed, generate_share, load_tokenizer, pad_id
 from megatron_rlvr.training import checkpoint
+from megatron_rlvr.training.launch import controller_of
 from megatron_rlvr.training.phases import PreparedBatch, evaluate, minibatches, prepare, record_samples
 from megatron_rlvr.training.run_directory import RunDirectory
 from megatron_rlvr.verify import VerifierClient, local_service
@@ -39,10 +39,11 @@ class Trainer:
         """Join the other ranks, load everything and resume from the last checkpoint if there is one.
 
         Args:
-            config: The resolved configuration; its run directory exists.
+            config: The resolved configuration, the same on every rank.
 
         Raises:
             RLVRError: On what the user can mend: a missing model, an unreachable service, a damaged checkpoint.
+            ConfigError: If the run directory holds a run of another configuration.
         """
         self._resources = contextlib.ExitStack()
         self.config = config
@@ -53,6 +54,7 @@ class Trainer:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         # Python objects travel over gloo, beside NCCL where that carries the tensors.
         self._control = dist.new_group(backend="gloo")
+        self.on_rank_0(lambda: self.directory.open(config))
         tokenizer = load_tokenizer(policy.model)
         chat_template = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
         prompts = open_prompts(config.data.train, chat_template=chat_template)
@@ -65,14 +67,7 @@ class Trainer:
         self.sampler = PromptSampler(prompts, run.seed)
         self.policy = Policy(policy, temperature=rollout.temperature, total_steps=run.steps)
         self.engine = EmbeddedEngine(policy.model, tokenizer, parallel.device())
-        self.controller = build_controller(
-            config.entropy.recipe,
-            target=config.entropy.target,
-            step_size=config.entropy.step,
-            initial=config.entropy.initial,
-            total_steps=run.steps,
-            steps_per_epoch=max(1, round(len(prompts) / rollout.prompts)),
-        )
+        self.controller = controller_of(config, len(prompts))
         self.step = checkpoint.resume(self)
         self.on_rank_0(self._open_services)
 
@@ -210,12 +205,12 @@ class Trainer:
         return derive_seed(self.config.run.seed, stream, self.step)
 
     def on_rank_0(self, work: Callable[[], T]) -> T:
-        """Do ``work`` on rank 0 and return its result on every rank; an `RLVRError` is raised on every rank alike."""
+        """Do ``work`` on rank 0; its result, or the error that a user can mend, reaches every rank."""
         box: list[Any] = [None, None]
         if self.rank == 0:
             try:
                 box[0] = work()
-            except RLVRError as error:
+            except (RLVRError, ConfigError) as error:
                 box[1] = error
         dist.broadcast_object_list(box, src=0, group=self._control)
         if box[1] is not None:

@@ -2,79 +2,123 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch._dynamo  # wraps torch.manual_seed when first imported, which must not look like our doing
+
+from policy_models import CLIP, POSITIVE_WEIGHT, TEMPERATURE
 
 from megatron_rlvr.policy import cpu_runtime
 
+_PLACES = (torch, torch.cuda, torch.Tensor, torch.nn.Module, torch.distributed, torch.random)
+_BEFORE = [(place, name, getattr(place, name)) for place in _PLACES for name in dir(place)]
 cpu_runtime.install()
 
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E402
+
 from megatron_rlvr.config import ObjectiveConfig, PolicyConfig  # noqa: E402
-from megatron_rlvr.core import RolloutBatch, StepMetrics  # noqa: E402
+from megatron_rlvr.core import RLVRError, RolloutBatch, SamplingParams, StepMetrics  # noqa: E402
 from megatron_rlvr.entropy import EntropyGuided  # noqa: E402
-from megatron_rlvr.objective import policy_loss  # noqa: E402
+from megatron_rlvr.objective import LossInputs, LossOutputs, policy_loss  # noqa: E402
 from megatron_rlvr.policy import parallel  # noqa: E402
-from megatron_rlvr.policy.hf_weights import named_full_tensors  # noqa: E402
+from megatron_rlvr.policy.checkpoint import export_hf, load_policy, save_policy  # noqa: E402
+from megatron_rlvr.policy.hf_weights import WeightMap, named_full_tensors  # noqa: E402
 from megatron_rlvr.policy.policy import Policy, TrainingRows  # noqa: E402
-from megatron_rlvr.training.phases import PreparedBatch, minibatches, prepare  # noqa: E402
+from megatron_rlvr.rollout import EmbeddedEngine, load_tokenizer, pad_id  # noqa: E402
+from megatron_rlvr.training.phases import minibatches, prepare  # noqa: E402
 
 Tensors = dict[str, torch.Tensor]
-CLIP = {"clip_low": 0.2, "clip_high": 0.2}
-
-
-def weights_of(policy: Policy) -> Tensors:
-    return {name: tensor.clone() for name, tensor in policy.named_tensors()}
 
 
 def layout(
-    model: str, layouts: tuple[int, int], batch_file: str, micro_batches: list[int], options: dict[str, Any], lr: float
-) -> dict[int, Any]:
-    tp, dp = layouts
-    parallel.initialize(tensor_parallel=tp, data_parallel=dp, seed=0)
+    policy: dict[str, Any], batch_file: str, micro_batches: list[int], export: str | None = None
+) -> dict[str, Any]:
+    """Everything that must not depend on the layout, for several micro-batch sizes."""
+    initialize(policy)
     batch = torch.load(batch_file)
-    return {size: one_step(config(model, layouts, size, options, lr), batch) for size in micro_batches}
+    results = {size: one_step(policy | {"micro_batch": size}, batch, export) for size in micro_batches}
+    return {"steps": results, "gradient": gradient(policy | {"micro_batch": micro_batches[-1]}, batch)}
 
 
-def config(model: str, layouts: tuple[int, int], micro_batch: int, options: dict[str, Any], lr: float) -> PolicyConfig:
-    return PolicyConfig(
-        model=model,
-        tensor_parallel=layouts[0],
-        data_parallel=layouts[1],
-        micro_batch=micro_batch,
-        learning_rate=lr,
-        megatron=options,
+def initialize(policy: dict[str, Any]) -> None:
+    parallel.initialize(
+        tensor_parallel=policy["tensor_parallel"], data_parallel=policy.get("data_parallel", 1), seed=0
     )
 
 
-def one_step(settings: PolicyConfig, batch: Tensors) -> dict[str, Any]:
+def one_step(settings: dict[str, Any], batch: Tensors, export: str | None) -> dict[str, Any]:
     """A training step without the rollout: log-probs, advantages, three updates, the controller."""
-    policy = Policy(settings, temperature=0.8, total_steps=10)
-    prepared, step = prepare_batch(policy, batch)
-    controller = EntropyGuided(target=1.0, initial=0.5)
-    loss = partial(policy_loss, **CLIP, positive_weight=controller.value)
+    policy = Policy(PolicyConfig(**settings), temperature=TEMPERATURE, total_steps=10)
+    loaded = weights_of(policy)
+    rollout = rollout_batch(batch)
+    logprobs_BL, entropy_BL = policy.log_probs(rollout.tokens_BL, rollout.response_mask_BL)
+    prepared = prepare(rollout, logprobs_BL, entropy_BL, StepMetrics())
+    controller = EntropyGuided(target=1.5, initial=0.5)
+    objective = with_loss(controller.value)
     updates = []
     for rows in minibatches(prepared, ObjectiveConfig(minibatches=3), seed=1):
         metrics = StepMetrics()
-        policy.update(rows, loss, metrics)
+        policy.update(rows, objective, metrics)
         updates.append(policy.reduce_metrics(metrics).means())
     controller.update(prepared.entropy)
     policy.step_schedule()
+    if export is not None:
+        export_hf(policy, Path(export))
     return {
-        "logprobs": prepared.rows.old_logprobs_BL,
-        "entropy": step["entropy_BL"],
+        "loaded": loaded,
+        "logprobs": logprobs_BL,
+        "entropy": entropy_BL,
         "mean_entropy": prepared.entropy,
         "positive_weight": controller.value,
         "updates": updates,
-        "weights": weights_of(policy),
         "learning_rate": policy.learning_rate,
+        "weights": weights_of(policy),
     }
 
 
-def prepare_batch(policy: Policy, batch: Tensors) -> tuple[PreparedBatch, Tensors]:
-    rollout = RolloutBatch(
+def gradient(settings: dict[str, Any], batch: Tensors) -> dict[str, Any]:
+    """One update over the whole batch with ratios on both sides of the clip range: gradient and new weights."""
+    unclipped = settings | {"megatron": settings["megatron"] | {"clip_grad": 1e9}}
+    policy = Policy(PolicyConfig(**unclipped), temperature=TEMPERATURE, total_steps=10)
+    rollout, metrics = rollout_batch(batch), StepMetrics()
+    logprobs_BL, entropy_BL = policy.log_probs(rollout.tokens_BL, rollout.response_mask_BL)
+    rows = prepare(rollout, logprobs_BL, entropy_BL, StepMetrics()).rows
+    rows.old_logprobs_BL.add_(batch["drift_BL"])
+    policy.update(rows, with_loss(POSITIVE_WEIGHT), metrics)
+    # views of Megatron's fp32 gradient buffer, already reduced over the ranks and divided by the number of tokens
+    grads = [(name, parameter.main_grad) for name, parameter in policy.module.named_parameters()]
+    shim: Any = SimpleNamespace(named_parameters=lambda: iter(grads))
+    group = parallel_state.get_tensor_model_parallel_group()
+    return {
+        "old_logprobs": rows.old_logprobs_BL,
+        "metrics": policy.reduce_metrics(metrics).means(),
+        "grads": {
+            name: grad.clone() for name, grad in named_full_tensors(shim, WeightMap(policy.hf_config), group)
+        },
+        "weights": weights_of(policy),
+    }
+
+
+def with_loss(positive_weight: float) -> Any:
+    """The clipped objective, which also reports the loss itself."""
+
+    def objective(inputs: LossInputs) -> LossOutputs:
+        outputs = policy_loss(inputs, clip_low=CLIP, clip_high=CLIP, positive_weight=positive_weight)
+        outputs.metrics["loss"] = (outputs.loss_sum.detach().double(), outputs.count)
+        return outputs
+
+    return objective
+
+
+def rollout_batch(batch: Tensors) -> RolloutBatch:
+    return RolloutBatch(
         tokens_BL=batch["tokens_BL"],
         response_mask_BL=batch["response_mask_BL"],
         rollout_logprobs_BL=torch.zeros(batch["tokens_BL"].shape),
@@ -83,5 +127,118 @@ def prepare_batch(policy: Policy, batch: Tensors) -> tuple[PreparedBatch, Tensor
         valid_B=batch["valid_B"],
         weight_version=0,
     )
-    logprobs_BL, entropy_BL = policy.log_probs(rollout.tokens_BL, rollout.response_mask_BL)
-    return prepare(rollout, logprobs_BL, entropy_BL, StepMetrics()), {"entropy_BL": entropy_BL}
+
+
+def weights_of(policy: Policy) -> Tensors:
+    return {name: tensor.clone() for name, tensor in policy.named_tensors()}
+
+
+def save_checkpoint(policy: dict[str, Any], batch_file: str, directory: str) -> dict[str, Any]:
+    """Two updates, a checkpoint, and one more update."""
+    initialize(policy)
+    trained = Policy(PolicyConfig(**policy), temperature=TEMPERATURE, total_steps=10)
+    loaded = weights_of(trained)
+    updates = update_rows(batch_file)
+    for rows in (next(updates), next(updates)):
+        trained.update(rows, with_loss(0.5), StepMetrics())
+        trained.step_schedule()
+        torch.rand(3)
+        with get_cuda_rng_tracker().fork():
+            torch.rand(5)
+    save_policy(trained, Path(directory))
+    return {"loaded": loaded, "saved": state_of(trained), "next": next_update(trained, next(updates))}
+
+
+def load_checkpoint(policy: dict[str, Any], batch_file: str, directory: str) -> dict[str, Any]:
+    """The same third update after loading that checkpoint in processes that have done something else."""
+    initialize(policy)
+    torch.manual_seed(4321)
+    trained = Policy(PolicyConfig(**policy), temperature=TEMPERATURE, total_steps=10)
+    try:
+        load_policy(trained, Path(directory))
+    except RLVRError as error:
+        return {"error": str(error)}
+    return {"saved": state_of(trained), "next": next_update(trained, list(update_rows(batch_file))[2])}
+
+
+def update_rows(batch_file: str) -> Iterator[TrainingRows]:
+    batch = torch.load(batch_file)
+    rollout = rollout_batch(batch)
+    prepared = prepare(rollout, batch["drift_BL"] - 2.0, torch.ones(batch["drift_BL"].shape), StepMetrics())
+    return minibatches(prepared, ObjectiveConfig(minibatches=3), seed=2)
+
+
+def state_of(policy: Policy) -> dict[str, Any]:
+    with get_cuda_rng_tracker().fork():
+        tracked = torch.get_rng_state()
+    return {
+        "weights": weights_of(policy),
+        "optimizer": policy.optimizer.state_dict(),
+        "schedule": policy.schedule.state_dict(),
+        "learning_rate": policy.learning_rate,
+        "rng": torch.get_rng_state(),
+        "tracked_rng": tracked,
+    }
+
+
+def next_update(policy: Policy, rows: TrainingRows) -> dict[str, Any]:
+    policy.update(rows, with_loss(0.5), StepMetrics())
+    policy.step_schedule()
+    return {"draws": torch.rand(4), **state_of(policy)}
+
+
+def resync(policy: dict[str, Any], batch_file: str, prompts: list[str]) -> list[dict[str, Any]]:
+    """The engine's log-probs of what it samples and the trainer's, before and after an update."""
+    initialize(policy)
+    trained = Policy(PolicyConfig(**policy), temperature=TEMPERATURE, total_steps=10)
+    tokenizer = load_tokenizer(policy["model"])
+    engine = EmbeddedEngine(policy["model"], tokenizer, parallel.device())
+    sampling = SamplingParams(temperature=TEMPERATURE, max_new_tokens=10, samples_per_prompt=4, seed=3)
+    reports = []
+    for version, rows in enumerate(update_rows(batch_file)):
+        engine.resync(trained.named_tensors(), version)
+        batch = RolloutBatch.from_samples(engine.generate(prompts, sampling), pad_id(tokenizer))
+        logprobs_BL, _ = trained.log_probs(batch.tokens_BL, batch.response_mask_BL)
+        reports.append(
+            {"version": batch.weight_version, "engine": batch.rollout_logprobs_BL, "trainer": logprobs_BL}
+        )
+        trained.update(rows, with_loss(0.5), StepMetrics())
+    return reports
+
+
+def refusals(cases: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What building each policy raises; one rank is enough because nothing is exchanged before."""
+    initialize({"tensor_parallel": 1})
+    return {name: refusal(policy) for name, policy in cases.items()}
+
+
+def refusal(policy: dict[str, Any]) -> str:
+    try:
+        Policy(PolicyConfig(**policy), temperature=1.0, total_steps=1)
+    except RLVRError as error:
+        return str(error)
+    return "built"
+
+
+def runtime() -> dict[str, Any]:
+    """What the CPU runtime changed in torch, and whether a second `install` changes anything in Megatron-Core."""
+    patched = {f"{place.__name__}.{name}" for place, name, value in _BEFORE if getattr(place, name) is not value}
+    before = megatron_names()
+    cpu_runtime.install()
+    unknown = ""
+    try:
+        parallel_state.torch.cuda.get_device_properties(0)
+    except (AssertionError, RuntimeError) as error:
+        unknown = str(error)
+    return {
+        "patched": patched,
+        "device": parallel_state.torch.zeros(1, device=parallel_state.torch.cuda.current_device()).device.type,
+        "unknown": unknown,
+        "changed_by_second_install": [key for key, value in megatron_names().items() if before.get(key) is not value],
+        "triton": [name for name in sys.modules if name.partition(".")[0] == "triton"],
+    }
+
+
+def megatron_names() -> dict[tuple[str, str], Any]:
+    modules = [(name, module) for name, module in sys.modules.items() if name.startswith("megatron.core")]
+    return {(name, key): value for name, module in modules for key, value in list(vars(module).items())}

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-_JOB_SECONDS = 30.0  # a job takes a few seconds; what hangs is ended here
+_JOB_SECONDS = 60.0  # a job takes a few seconds; what hangs is ended here
 _PACKAGE_ROOT = Path(__file__).parents[2]
 
 

@@ -177,6 +177,16 @@ def test_what_cannot_run_is_said_before_anything_is_written(tmp_path, command, o
     assert not (tmp_path / "run").exists()
 
 
+def test_torchrun_starts_a_run_as_the_launcher_does(tmp_path, command, uninterrupted):
+    run = tmp_path / "torchrun"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command_line = [*torchrun, "-m", "megatron_rlvr", *map(str, train(run, "run.steps=1"))]
+    done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert (run / "config.yaml").exists()
+    assert results(run)[0][0] == {**results(uninterrupted)[0][0]}
+
+
 def test_a_wrong_number_of_processes_is_refused(tmp_path, command):
     done = command(*train(tmp_path / "run"), RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     assert done.returncode == 2
