@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_rlvr.core import RLVRError
 
-
 _REQUIRED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"),

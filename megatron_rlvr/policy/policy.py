@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from megatron_rlvr.config import PolicyConfig
-from megatron_rlvr.core import StepMetrics
+from megatron_rlvr.core import RLVRError, StepMetrics
 from megatron_rlvr.objective import LossInputs, LossOutputs
 from megatron_rlvr.policy import model as megatron
 from megatron_rlvr.policy import parallel
@@ -109,6 +110,9 @@ class Policy:
             rows: The mini-batch; its number of rows has to be a multiple of the data-parallel size.
             objective: Gives the summed loss and the count that the global sum is divided by.
             metrics: Receives this rank's sums and counts; reduce them with `reduce_metrics` at the end of the step.
+
+        Raises:
+            RLVRError: On every rank, if the gradient is not finite; the weights are then lost.
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -116,6 +120,11 @@ class Policy:
             for name, (total, count) in reduced.items():
                 metrics.add(name, float(total), float(count))
         _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise RLVRError(
+                f"the gradient norm of an update is {float(grad_norm)}; resume from the last checkpoint, and lower "
+                "policy.learning_rate if it happens again"
+            )
         # Every data-parallel rank sees the same norm; one share each keeps the reduced mean right.
         metrics.add("grad_norm", float(grad_norm), 1.0)
 

@@ -33,7 +33,7 @@ class Engine(Protocol):
         ...
 
     def resync(self, tensors: NamedTensors, version: int) -> None:
-        """Replace all weights by ``tensors`` (Hugging Face names, full tensors, their dtype) and then serve ``version``.
+        """Replace all weights by ``tensors`` (Hugging Face names, full tensors), then serve ``version``.
 
         Raises:
             RLVRError: If a tensor is unknown, missing or of another shape; nothing is served until a resync succeeds.

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch._dynamo  # wraps torch.manual_seed when first imported, which must not look like our doing
-
 from policy_models import CLIP, POSITIVE_WEIGHT, TEMPERATURE
 
 from megatron_rlvr.policy import cpu_runtime
 
 _PLACES = (torch, torch.cuda, torch.Tensor, torch.nn.Module, torch.distributed, torch.random)
-_BEFORE = [(place, name, getattr(place, name)) for place in _PLACES for name in dir(place)]
+_BEFORE = [(place, name, inspect.getattr_static(place, name)) for place in _PLACES for name in dir(place)]
 cpu_runtime.install()
 
+from megatron.core import __version__ as megatron_version  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E402
 
@@ -35,6 +36,7 @@ from megatron_rlvr.rollout import EmbeddedEngine, load_tokenizer, pad_id  # noqa
 from megatron_rlvr.training.phases import minibatches, prepare  # noqa: E402
 
 Tensors = dict[str, torch.Tensor]
+GRADIENT = "main_grad"  # where Megatron-Core keeps a parameter's gradient, in fp32
 
 
 def layout(
@@ -44,13 +46,15 @@ def layout(
     initialize(policy)
     batch = torch.load(batch_file)
     results = {size: one_step(policy | {"micro_batch": size}, batch, export) for size in micro_batches}
-    return {"steps": results, "gradient": gradient(policy | {"micro_batch": micro_batches[-1]}, batch)}
+    return {
+        "version": megatron_version,
+        "steps": results,
+        "gradient": gradient(policy | {"micro_batch": micro_batches[-1]}, batch),
+    }
 
 
 def initialize(policy: dict[str, Any]) -> None:
-    parallel.initialize(
-        tensor_parallel=policy["tensor_parallel"], data_parallel=policy.get("data_parallel", 1), seed=0
-    )
+    parallel.initialize(tensor_parallel=policy["tensor_parallel"], data_parallel=policy.get("data_parallel", 1), seed=0)
 
 
 def one_step(settings: dict[str, Any], batch: Tensors, export: str | None) -> dict[str, Any]:
@@ -92,16 +96,14 @@ def gradient(settings: dict[str, Any], batch: Tensors) -> dict[str, Any]:
     rows = prepare(rollout, logprobs_BL, entropy_BL, StepMetrics()).rows
     rows.old_logprobs_BL.add_(batch["drift_BL"])
     policy.update(rows, with_loss(POSITIVE_WEIGHT), metrics)
-    # views of Megatron's fp32 gradient buffer, already reduced over the ranks and divided by the number of tokens
-    grads = [(name, parameter.main_grad) for name, parameter in policy.module.named_parameters()]
+    # already reduced over the ranks and divided by the number of tokens
+    grads: Any = [(name, getattr(parameter, GRADIENT)) for name, parameter in policy.module.named_parameters()]
     shim: Any = SimpleNamespace(named_parameters=lambda: iter(grads))
     group = parallel_state.get_tensor_model_parallel_group()
     return {
         "old_logprobs": rows.old_logprobs_BL,
         "metrics": policy.reduce_metrics(metrics).means(),
-        "grads": {
-            name: grad.clone() for name, grad in named_full_tensors(shim, WeightMap(policy.hf_config), group)
-        },
+        "grads": {name: grad.clone() for name, grad in named_full_tensors(shim, WeightMap(policy.hf_config), group)},
         "weights": weights_of(policy),
     }
 
@@ -173,7 +175,7 @@ def state_of(policy: Policy) -> dict[str, Any]:
         tracked = torch.get_rng_state()
     return {
         "weights": weights_of(policy),
-        "optimizer": policy.optimizer.state_dict(),
+        "optimizer": copy.deepcopy(policy.optimizer.state_dict()),
         "schedule": policy.schedule.state_dict(),
         "learning_rate": policy.learning_rate,
         "rng": torch.get_rng_state(),
@@ -199,11 +201,22 @@ def resync(policy: dict[str, Any], batch_file: str, prompts: list[str]) -> list[
         engine.resync(trained.named_tensors(), version)
         batch = RolloutBatch.from_samples(engine.generate(prompts, sampling), pad_id(tokenizer))
         logprobs_BL, _ = trained.log_probs(batch.tokens_BL, batch.response_mask_BL)
-        reports.append(
-            {"version": batch.weight_version, "engine": batch.rollout_logprobs_BL, "trainer": logprobs_BL}
-        )
+        reports.append({"version": batch.weight_version, "engine": batch.rollout_logprobs_BL, "trainer": logprobs_BL})
         trained.update(rows, with_loss(0.5), StepMetrics())
     return reports
+
+
+def explosion(policy: dict[str, Any], batch_file: str) -> str:
+    """What an update says whose gradient is not finite."""
+    initialize(policy)
+    trained = Policy(PolicyConfig(**policy), temperature=TEMPERATURE, total_steps=10)
+    rows = next(update_rows(batch_file))
+    rows.advantages_BL[rows.mask_BL] = torch.inf
+    try:
+        trained.update(rows, with_loss(0.5), StepMetrics())
+    except RLVRError as error:
+        return str(error)
+    return "updated"
 
 
 def refusals(cases: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -222,7 +235,11 @@ def refusal(policy: dict[str, Any]) -> str:
 
 def runtime() -> dict[str, Any]:
     """What the CPU runtime changed in torch, and whether a second `install` changes anything in Megatron-Core."""
-    patched = {f"{place.__name__}.{name}" for place, name, value in _BEFORE if getattr(place, name) is not value}
+    patched = {
+        f"{place.__name__}.{name}"
+        for place, name, value in _BEFORE
+        if name not in ("__dict__", "__weakref__") and inspect.getattr_static(place, name) is not value
+    }
     before = megatron_names()
     cpu_runtime.install()
     unknown = ""

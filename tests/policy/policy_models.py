@@ -101,17 +101,20 @@ def exact_model(directory: Path) -> Qwen3ForCausalLM:
 
 
 def _exact_norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+    normed: torch.Tensor = (
+        self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+    )
+    return normed
 
 
 def exact_stats(model: Qwen3ForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob and entropy ``[B, L]`` of each response token, 0 elsewhere; one row at a time, without padding."""
+    """Log-prob and entropy ``[B, L]`` of each response token, 0 elsewhere, from one row at a time, without padding."""
     mask_BL = batch["response_mask_BL"]
-    logprob_BL = torch.zeros(mask_BL.shape, dtype=next(model.parameters()).dtype)
+    logprob_BL = torch.zeros(mask_BL.shape, dtype=torch.float64)
     entropy_BL = logprob_BL.clone()
     for row, (tokens_L, mask_L) in enumerate(zip(batch["tokens_BL"], mask_BL, strict=True)):
         length = int(mask_L.nonzero().max()) + 1
-        logp_LV = (model(tokens_L[None, :length]).logits[0] / TEMPERATURE).log_softmax(-1)
+        logp_LV = (model(tokens_L[None, :length]).logits[0].double() / TEMPERATURE).log_softmax(-1)
         where = mask_L[:length].nonzero()[:, 0]
         logprob_BL[row, where] = logp_LV[where - 1, tokens_L[where]]
         entropy_BL[row, where] = -(logp_LV.exp() * logp_LV).sum(-1)[where - 1]
@@ -121,10 +124,10 @@ def exact_stats(model: Qwen3ForCausalLM, batch: dict[str, torch.Tensor]) -> tupl
 def exact_loss(model: Qwen3ForCausalLM, batch: dict[str, torch.Tensor], old_logprobs_BL: torch.Tensor) -> torch.Tensor:
     """Token mean of ``-w min(r A, clip(r) A)``, with w on positive advantages, as the papers write it."""
     valid_B, advantages_B = batch["valid_B"], torch.zeros(len(batch["valid_B"]), dtype=torch.float64)
-    for group in batch["groups_B"].unique():
+    for group in range(int(batch["groups_B"].max()) + 1):
         members = (batch["groups_B"] == group) & valid_B
         rewards = batch["rewards_B"][members].double()
-        if rewards.unique().numel() > 1:
+        if rewards.min() < rewards.max():
             advantages_B[members] = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
     mask_BL = batch["response_mask_BL"] & valid_B[:, None]
     logprob_BL, _ = exact_stats(model, batch)

@@ -36,7 +36,7 @@ class Nursery:
         Args:
             megatron_core: Folder with the Megatron-Core to use, or None for the installed one.
         """
-        roots = [megatron_core, str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")]
+        roots = [megatron_core and str(Path(megatron_core).resolve()), str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(root for root in roots if root),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import math
 import os
 from pathlib import Path
@@ -12,7 +13,6 @@ import pytest
 import torch
 from policy_models import (
     BASE,
-    CLIP,
     exact_loss,
     exact_model,
     exact_stats,
@@ -44,6 +44,7 @@ class Runs:
         self.models = {"base": BASE, "odd": write_odd_model(folder / "odd")}
         self.batches = {"base": sampled_batch(BASE), "odd": random_batch(37)}
         self.of = functools.cache(self._of)
+        self.exact_stats = functools.cache(self._exact_stats)
 
     def _of(self, model: str, layout: str) -> list[Any]:
         torch.save(self.batches[model], self.folder / f"{model}.pt")
@@ -64,6 +65,10 @@ class Runs:
             export=str(self.export(model, layout)),
         )
 
+    def _exact_stats(self, model: str) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            return exact_stats(exact_model(self.models[model]), self.batches[model])
+
     def export(self, model: str, layout: str) -> Path:
         return self.folder / f"export_{model}_{layout}"
 
@@ -77,7 +82,12 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     other = os.environ.get("MEGATRON_CORE_OTHER")
     if request.param == "other" and other is None:
         pytest.skip("MEGATRON_CORE_OTHER names no folder with another Megatron-Core")
-    return Runs(other if request.param == "other" else None, tmp_path_factory.mktemp("layouts"))
+    if other is not None:
+        nursery(other)  # starts while the installed version is tested
+    runs = Runs(other if request.param == "other" else None, tmp_path_factory.mktemp("layouts"))
+    used = runs.of("odd", "tp1")[0]["version"]
+    assert (used == importlib.metadata.version("megatron-core")) == (request.param == "installed")
+    return runs
 
 
 def worst(got: Batch, wanted: Batch) -> float:
@@ -109,9 +119,7 @@ def test_every_rank_holds_the_same_bits(runs: Runs, model: str, layout: str) -> 
 @pytest.mark.parametrize(("model", "layout", "micro_batch"), STEPS)
 def test_log_probs_and_entropies_are_those_of_float64(runs: Runs, model: str, layout: str, micro_batch: int) -> None:
     step = runs.step(model, layout, micro_batch)
-    with torch.no_grad():
-        logprob_BL, entropy_BL = exact_stats(exact_model(runs.models[model]), runs.batches[model])
-    print("LP",float((step["logprobs"]-logprob_BL).abs().max()),float((step["entropy"]-entropy_BL).abs().max()),step["mean_entropy"]/float(entropy_BL[runs.batches[model]["response_mask_BL"] & runs.batches[model]["valid_B"][:, None]].mean())-1)
+    logprob_BL, entropy_BL = runs.exact_stats(model)
     torch.testing.assert_close(step["logprobs"].double(), logprob_BL, rtol=0.0, atol=1e-5)
     torch.testing.assert_close(step["entropy"].double(), entropy_BL, rtol=0.0, atol=1e-5)
     counted_BL = runs.batches[model]["response_mask_BL"] & runs.batches[model]["valid_B"][:, None]
@@ -126,13 +134,11 @@ def test_a_step_does_not_depend_on_the_layout(runs: Runs, model: str, layout: st
     assert step["learning_rate"] == reference["learning_rate"]
     assert len(step["updates"]) == 3
     for update, wanted in zip(step["updates"], reference["updates"], strict=True):
-        print("UPD", {k:(update[k]/wanted[k]-1 if wanted[k] else update[k]) for k in wanted})
-        assert update == pytest.approx(wanted, rel=2e-5, abs=1e-6)
+        assert update == pytest.approx(wanted, rel=1e-5, abs=1e-7)
         assert wanted["grad_norm"] > 0.5  # so the clipping of gradients takes part
     moved = worst(reference["weights"], reference["loaded"])
-    assert 1 * LR < moved < 4 * LR
-    print("WORST", worst(step["weights"], reference["weights"]) / LR, moved / LR)
-    assert worst(step["weights"], reference["weights"]) < 0.05 * LR
+    assert 2 * LR < moved < 4 * LR
+    assert worst(step["weights"], reference["weights"]) < 1e-3 * LR
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
@@ -145,11 +151,9 @@ def test_loss_and_gradient_are_those_of_float64(runs: Runs, model: str, layout: 
     assert result["grads"].keys() == exact.keys()
     for name, grad in exact.items():
         error = (result["grads"][name].double() - grad).abs().max() / grad.abs().max()
-        print("ERR", float(error))
         assert error < 1e-5, name
     metrics = result["metrics"]
-    print("LOSS", metrics["loss"]/float(loss)-1)
-    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     norm = math.sqrt(sum(float(grad.square().sum()) for grad in exact.values()))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert metrics["clip_fraction_high"] > 0.05
@@ -183,7 +187,6 @@ def test_the_cosine_schedule_moves_once_per_step(runs: Runs) -> None:
 def test_the_batch_is_worth_testing(runs: Runs) -> None:
     for batch in runs.batches.values():
         mask_BL = batch["response_mask_BL"]
-        assert mask_BL.sum(1).unique().numel() > 3
+        assert len(set(mask_BL.sum(1).tolist())) > 3
         assert (~batch["valid_B"]).sum() == 2
         assert len({tuple(rewards) for rewards in batch["rewards_B"].reshape(6, 4).tolist()}) > 2
-    assert CLIP < 0.4
