@@ -66,7 +66,7 @@ def main() -> None:
     """Run everything and print and keep the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--keep", type=Path, help="write the table here as well")
+    parser.add_argument("--keep", type=Path, help="file that receives the table as well")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
     runs = {name: [load_run(train(name, seed, options.overrides)) for seed in options.seeds] for name in RECIPES}
@@ -75,6 +75,7 @@ def main() -> None:
     text = f"{table(runs)}\n\n`python benchmarks/demo_seeds.py {' '.join(sys.argv[1:])}` on {where}\n"
     print(text)
     if options.keep:
+        options.keep.parent.mkdir(parents=True, exist_ok=True)
         options.keep.write_text(text)
     seeds = ROOT / "runs" / "seeds"
     write_report([seeds / f"{name}-{seed}" for seed in options.seeds for name in RECIPES], seeds)
