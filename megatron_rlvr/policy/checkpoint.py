@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from safetensors.torch import save_file
 
@@ -28,6 +30,9 @@ def save_policy(policy: Policy, directory: Path) -> None:
     if dist.get_rank() == 0:
         (directory / "policy").mkdir()
     dist.barrier()
+    # Saving is synchronous, so the writers' results never leave this process. Megatron's default is a queue in a
+    # manager process, which takes seconds to start and stays behind for good when this rank is killed.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(directory / "policy"))
     torch.save(_rng_state(), directory / _rng_file())
 
