@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import warnings
 
@@ -29,6 +31,7 @@ def run_rank(config: Config) -> int:
         if slurm in os.environ:
             os.environ.setdefault(name, os.environ[slurm])
     warnings.filterwarnings("ignore", module="megatron")  # of optional packages that a CPU machine never has
+    _end_forked_children_with_this_rank()
     handler = get_error_handler()
     handler.initialize()
     try:
@@ -46,3 +49,14 @@ def run_rank(config: Config) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _end_forked_children_with_this_rank() -> None:
+    """Have the kernel end forked children, Megatron's checkpoint writers, when this rank is killed.
+
+    Left alone, a writer would wait for its dead parent for good and keep the verifier's and the launcher's pipes open.
+    """
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        prctl = ctypes.CDLL(None).prctl
+        os.register_at_fork(after_in_child=lambda: prctl(set_parent_death_signal, signal.SIGKILL))
