@@ -32,6 +32,10 @@ $(VENV)/installed: pyproject.toml sandbox/pyproject.toml
 $(VENV)/megatron-core-0.19.2: | $(VENV)/installed
 	@$(PIP) --no-deps --ignore-requires-python --target $@ megatron-core==0.19.2
 
+# Triton lies apart from the installed packages, which behave differently where they find it.
+$(VENV)/triton: | $(VENV)/installed
+	@$(PIP) --no-deps --target $@ triton==3.9.0
+
 demo: $(VENV)/installed
 	@echo "demo 1/3: plain GRPO"
 	@$(RUN) entropy.recipe=none run.dir=runs/demo/grpo
@@ -45,8 +49,8 @@ lint: $(VENV)/installed
 	@$(BIN)/mypy
 	@cd sandbox && ../$(BIN)/mypy --strict rlvr_sandbox
 
-test: lint $(VENV)/megatron-core-0.19.2
-	@MEGATRON_CORE_OTHER=$(VENV)/megatron-core-0.19.2 $(BIN)/python -m pytest
+test: lint $(VENV)/megatron-core-0.19.2 $(VENV)/triton
+	@MEGATRON_CORE_OTHER=$(VENV)/megatron-core-0.19.2 TRITON_OTHER=$(VENV)/triton $(BIN)/python -m pytest
 
 clean:
 	rm -rf $(VENV) runs

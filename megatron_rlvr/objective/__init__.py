@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from megatron_rlvr.objective.advantages import grpo_advantages
-from megatron_rlvr.objective.loss import LossInputs, LossOutputs, policy_loss
+from megatron_rlvr.objective.loss import LossInputs, LossOutputs, Metrics, policy_loss
 
-__all__ = ["LossInputs", "LossOutputs", "grpo_advantages", "policy_loss"]
+__all__ = ["LossInputs", "LossOutputs", "Metrics", "grpo_advantages", "policy_loss"]

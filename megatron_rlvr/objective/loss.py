@@ -56,22 +56,26 @@ class LossInputs:
 
 @dataclass(frozen=True, slots=True)
 class LossOutputs:
-    """Sums over one micro-batch; a mean is taken after adding up micro-batches and ranks.
+    """The loss of each token and sums over them; a mean is taken after adding up micro-batches and ranks.
 
     Attributes:
-        loss_sum: Loss summed over the masked-in tokens, 0-d, differentiable. Divided by the global count it is the
-            token mean over the global batch, however the batch was split.
+        losses: Loss of each token, of the inputs' shape, differentiable; 0 where masked out.
         count: Number of masked-in tokens, 0-d int64.
         metrics: Detached (sum, count) of each metric, 0-d float64 and int64.
     """
 
-    loss_sum: torch.Tensor
+    losses: torch.Tensor
     count: torch.Tensor
     metrics: Metrics
 
+    @property
+    def loss_sum(self) -> torch.Tensor:
+        """Their sum, 0-d; over the global count it is the token mean of the global batch, however that was split."""
+        return self.losses.sum()
+
 
 def policy_loss(inputs: LossInputs, *, clip_low: float, clip_high: float, positive_weight: float) -> LossOutputs:
-    """Clipped surrogate summed over the mask, with ``positive_weight`` on tokens whose advantage is above 0.
+    """Clipped surrogate of each token, with ``positive_weight`` on tokens whose advantage is above 0.
 
     The metrics, each over all masked-in tokens: ``clip_fraction_high`` (A > 0 and r > 1 + clip_high),
     ``clip_fraction_low`` (A < 0 and r < 1 - clip_low), ``approx_kl`` (k3 estimate of KL(old || trained), nats),
@@ -115,4 +119,4 @@ def policy_loss(inputs: LossInputs, *, clip_low: float, clip_high: float, positi
             "negative_fraction": negative,
         }
         metrics = {name: (value.sum(dtype=torch.float64), count) for name, value in values.items()}
-    return LossOutputs(loss_sum=-surrogate.sum(), count=count, metrics=metrics)
+    return LossOutputs(losses=-surrogate, count=count, metrics=metrics)

@@ -98,6 +98,7 @@ def build_model(config: PolicyConfig, hf_config: Mapping[str, Any]) -> Distribut
         position_embedding_type="rope",
         rotary_base=_rope_theta(hf_config),
     )
+    _hand_over_hidden_states(module)
     module = module.to(parallel.device())
     if config.precision == "bf16":
         module = Float16Module(transformer, module)
@@ -105,6 +106,29 @@ def build_model(config: PolicyConfig, hf_config: Mapping[str, Any]) -> Distribut
     model = DistributedDataParallel(transformer, ddp_config, module)
     transformer.finalize_model_grads_func = finalize_model_grads
     return model
+
+
+def _hand_over_hidden_states(module: torch.nn.Module) -> None:
+    """Make the model return the hidden states that enter its output layer, so that no logits are ever materialised.
+
+    The layer stays where it is: its weight is loaded, reduced, stepped and saved as ever, and `output_weight` gives it.
+    """
+
+    def hand_over(hidden: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        return hidden, None
+
+    layer: Any = module.output_layer
+    layer.forward = hand_over
+
+
+def output_weight(module: torch.nn.Module) -> torch.nn.Parameter:
+    """This rank's rows of the output layer's weight, the embedding's where the two are tied."""
+    if module.share_embeddings_and_output_weights:
+        weight: torch.nn.Parameter = module.shared_embedding_or_output_weight()  # type: ignore[operator]
+        return weight
+    layer: Any = module.output_layer
+    tensor: torch.nn.Parameter = layer.weight
+    return tensor
 
 
 def build_optimizer(

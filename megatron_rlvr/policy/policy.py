@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -14,11 +14,11 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from megatron_rlvr.config import PolicyConfig
 from megatron_rlvr.core import RLVRError, StepMetrics
-from megatron_rlvr.objective import LossInputs, LossOutputs
+from megatron_rlvr.objective import LossInputs, LossOutputs, Metrics
 from megatron_rlvr.policy import model as megatron
 from megatron_rlvr.policy import parallel
 from megatron_rlvr.policy.hf_weights import TensorReader, WeightMap, load_weights, named_full_tensors, read_hf_config
-from megatron_rlvr.vocab import TokenStats, token_stats
+from megatron_rlvr.vocab import TokenStats, linear_policy_loss, linear_token_stats
 
 Objective = Callable[[LossInputs], LossOutputs]
 
@@ -197,35 +197,49 @@ class Policy:
         device = parallel.device()
         tokens_BL = rows.tokens_BL.to(device)
         positions_BL = torch.arange(tokens_BL.shape[1], device=device).expand_as(tokens_BL)
-        logits_BLV = model(tokens_BL, positions_BL, None)
-        return logits_BLV, partial(self._loss, rows, objective)
-
-    def _stats(self, rows: TrainingRows, logits_BLV: torch.Tensor) -> TokenStats:
-        """Statistics of the masked tokens in row-major order; the logits at L predict the token at L + 1."""
-        predicted_BL = rows.mask_BL[:, 1:].to(logits_BLV.device)
-        return token_stats(
-            logits_BLV[:, :-1][predicted_BL],
-            rows.tokens_BL[:, 1:].to(logits_BLV.device)[predicted_BL],
-            group=self._tp_group,
-            temperature=self.temperature,
-            vocab_size=int(self.hf_config["vocab_size"]),
-        )
+        # Without fp32_output=False the wrapper for half precision would widen the hidden states.
+        half = {"fp32_output": False} if self.config.precision == "bf16" else {}
+        hidden_BLH = model(tokens_BL, positions_BL, None, **half)
+        return hidden_BLH, partial(self._loss, rows, objective)
 
     def _loss(
-        self, rows: TrainingRows, objective: Objective | None, logits_BLV: torch.Tensor, non_loss_data: bool = False
+        self, rows: TrainingRows, objective: Objective | None, hidden_BLH: torch.Tensor, non_loss_data: bool = False
     ) -> Any:
-        """Megatron's loss contract: the statistics themselves, or (summed loss, number of tokens, metrics)."""
-        stats = self._stats(rows, logits_BLV)
+        """Megatron's loss contract: the statistics themselves, or (summed loss, number of tokens, metrics).
+
+        Response tokens count in row-major order; the hidden state at L predicts the token at L + 1.
+        """
+        device = hidden_BLH.device
+        predicted_BL = torch.nn.functional.pad(rows.mask_BL[:, 1:], (0, 1))
+        hidden_TH = hidden_BLH.flatten(0, 1)
+        targets_R = rows.tokens_BL[rows.mask_BL].to(device)
+        weight_VH = megatron.output_weight(self.module)
+        head: dict[str, Any] = {
+            "rows": predicted_BL.flatten().nonzero().squeeze(1).to(device),
+            "group": self._tp_group,
+            "temperature": self.temperature,
+            "vocab_size": int(self.hf_config["vocab_size"]),
+        }
         if non_loss_data or objective is None:
-            return stats
-        device = logits_BLV.device
-        outputs = objective(
-            LossInputs(
-                logprob=stats.logprob,
-                old_logprob=rows.old_logprobs_BL[rows.mask_BL].to(device),
-                advantages=rows.advantages_BL[rows.mask_BL].to(device),
-                entropy=stats.entropy,
-                mask=torch.ones_like(stats.logprob, dtype=torch.bool),
-            )
-        )
-        return outputs.loss_sum, outputs.count.to(torch.int), outputs.metrics
+            return linear_token_stats(hidden_TH, weight_VH, targets_R, **head)
+        old_R, advantages_R = rows.old_logprobs_BL[rows.mask_BL].to(device), rows.advantages_BL[rows.mask_BL].to(device)
+        parts: list[LossOutputs] = []
+
+        def token_loss(stats: TokenStats, chunk: slice) -> torch.Tensor:
+            mask_R = torch.ones_like(stats.logprob, dtype=torch.bool)
+            parts.append(objective(LossInputs(stats.logprob, old_R[chunk], advantages_R[chunk], stats.entropy, mask_R)))
+            return parts[-1].losses
+
+        # DistributedDataParallel gives every parameter the buffer that gradients are accumulated and reduced in.
+        in_place = weight_VH.main_grad.dtype == torch.float32  # type: ignore[attr-defined]
+        out = linear_policy_loss(hidden_TH, weight_VH, targets_R, token_loss, main_grad=in_place, **head)
+        metrics: Metrics = {
+            name: (_sum(part.metrics[name][0] for part in parts), _sum(part.metrics[name][1] for part in parts))
+            for name in parts[0].metrics
+        }
+        return out.loss, _sum(part.count for part in parts).to(torch.int), metrics
+
+
+def _sum(values: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Sum of 0-d tensors."""
+    return torch.stack(list(values)).sum()

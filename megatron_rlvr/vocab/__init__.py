@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from megatron_rlvr.vocab.linear import linear_token_stats
 from megatron_rlvr.vocab.logits import token_stats
-from megatron_rlvr.vocab.state import TokenStats
+from megatron_rlvr.vocab.state import TokenExtras, TokenStats
+from megatron_rlvr.vocab.sweep import SweepOutput, linear_policy_loss
 
-__all__ = ["TokenStats", "token_stats"]
+__all__ = ["SweepOutput", "TokenExtras", "TokenStats", "linear_policy_loss", "linear_token_stats", "token_stats"]

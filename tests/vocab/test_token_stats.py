@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vocab_shards import Case, make_case, oracle, run_case
+from vocab_shards import Case, make_case, oracle, run_case, shard_state
 
-from megatron_rlvr.vocab import state, token_stats
+from megatron_rlvr.vocab import TokenExtras, state, token_stats
 
 INF = math.inf
 
@@ -117,12 +117,18 @@ def test_merging_any_shards_equals_one_pass(
     bounds = [0, *sorted(cuts), 24]
     merged: state.RowState | None = None
     for start, end in itertools.pairwise(bounds):
-        part = state.shard_state(logits[:, start:end], targets - start, tau)
+        part = shard_state(logits[:, start:end], targets - start, tau)
         merged = part if merged is None else state.merge(merged, part, tau)
     assert merged is not None
-    got, whole = state.finish(merged, tau), state.finish(state.shard_state(logits, targets, tau), tau)
+    got, whole = state.finish(merged, tau), state.finish(shard_state(logits, targets, tau), tau)
     torch.testing.assert_close(got.logprob, whole.logprob, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got.entropy, whole.entropy, rtol=1e-12, atol=1e-15)
+    assert got.extras is not None
+    assert whole.extras is not None
+    for name in TokenExtras.__slots__:
+        torch.testing.assert_close(
+            getattr(got.extras, name), getattr(whole.extras, name), rtol=1e-9, atol=1e-12, msg=name
+        )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=torch.float64)])
@@ -212,7 +218,7 @@ def test_blocks_of_rows_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(2)
     case = make_case(torch.randn(300, 20, generator=generator), temperature=torch.linspace(0.5, 2.0, 300))
     whole = run_case(case)
-    monkeypatch.setattr("megatron_rlvr.vocab.logits._BLOCK_BYTES", 1)
+    monkeypatch.setattr("megatron_rlvr.vocab.rows._CPU_CHUNK_BYTES", 1)
     blocked = run_case(case)
     assert torch.equal(whole.logprob, blocked.logprob)
     assert torch.equal(whole.entropy, blocked.entropy)
@@ -252,7 +258,12 @@ def test_bad_row_temperature(temperature: float) -> None:
         ({"temperature": torch.ones(3)}, "temperature must be a number or a tensor"),
         ({"temperature": torch.ones(2, requires_grad=True)}, "detach it"),
         ({"vocab_size": 4}, "vocab_size must lie in 1..3"),
-        ({"vocab_size": 0}, "vocab_size must lie in 1..3"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"shard": range(4)}, "this rank has 3 columns"),
+        ({"shard": range(0, 6, 2)}, "this rank has 3 columns"),
+        ({"shard": torch.zeros(3)}, "shard must be int64"),
+        ({"backend": "cuda"}, "give 'auto', 'torch' or 'triton'"),
+        ({"backend": "triton"}, "backend='triton' cannot run because the tensors are on cpu"),
     ],
 )
 def test_misuse_is_refused(change: dict[str, torch.Tensor], message: str) -> None:

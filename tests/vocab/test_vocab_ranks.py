@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from head_shards import KINDS, by_autograd, everything, gspo, rank_problem, shards
 from torch.multiprocessing.spawn import start_processes
-from vocab_shards import Outcome, oracle, rank_cases, run_case, run_rank
+from vocab_shards import oracle, rank_cases, run_case, run_rank
 
-Results = list[dict[tuple[int, str], Outcome]]
+Results = list[dict[tuple[int, str], Any]]
 CASES = sorted(rank_cases())
 
 
@@ -64,3 +66,63 @@ def test_one_collective_forward_and_none_backward(results: Results, name: str, r
 
 def test_unsharded_call_needs_no_process_group() -> None:
     assert run_case(rank_cases()["plain"]).collectives == (0, 0)
+
+
+HOWS = ("sweep", "two_pass", "stats")
+
+
+def whole_weight(parts: list[torch.Tensor], kind: str, ranks: int) -> torch.Tensor:
+    """The gradient of the whole output weight from those of its shards."""
+    whole = torch.full((20, parts[0].shape[1]), torch.nan, dtype=parts[0].dtype)
+    start = 0
+    for part, shard in zip(parts, shards(kind, ranks), strict=True):
+        ids = shard if isinstance(shard, torch.Tensor) else torch.arange(start, start + len(part))
+        whole[ids] = part
+        start += len(part)
+    return whole
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("split", [False, True], ids=["replicated", "sequence_parallel"])
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharded_head_equals_autograd(results: Results, kind: str, how: str, split: bool, ranks: int) -> None:
+    truth = by_autograd(rank_problem(), everything)
+    for team in teams(ranks):
+        got = [results[rank][ranks, f"head:{kind}-{how}-{split}"] for rank in team]
+        torch.testing.assert_close(got[0].loss, truth.loss, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got[0].logprob, truth.logprob, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got[0].entropy, truth.entropy, rtol=1e-12, atol=1e-12)
+        hidden = torch.cat([part.grad_hidden for part in got]) if split else got[0].grad_hidden
+        torch.testing.assert_close(hidden, truth.grad_hidden, rtol=1e-11, atol=1e-12)
+        weight = whole_weight([part.grad_weight for part in got], kind, ranks)
+        torch.testing.assert_close(weight, truth.grad_weight, rtol=1e-11, atol=1e-12)
+        for part in got[1:]:
+            assert torch.equal(part.loss, got[0].loss)
+            assert torch.equal(part.logprob, got[0].logprob)
+            assert torch.equal(part.entropy, got[0].entropy)
+            assert split or torch.equal(part.grad_hidden, got[0].grad_hidden)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sharded_sequence_objective_equals_autograd(results: Results, ranks: int) -> None:
+    truth = by_autograd(rank_problem(), gspo)
+    got = results[0][ranks, "head:gspo"]
+    torch.testing.assert_close(got.loss, truth.loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got.grad_hidden, truth.grad_hidden, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_collectives_of_the_head(results: Results, kind: str, ranks: int) -> None:
+    # Eight rows in chunks of three; the hidden gradient is reduced once, and a split sequence gathered for each pass.
+    expected = {
+        ("sweep", False): (3 + 1, 0),
+        ("sweep", True): (1 + 3 + 1, 0),
+        ("two_pass", False): (1, 1),
+        ("two_pass", True): (2, 2),
+        ("stats", False): (1, 1),
+        ("stats", True): (2, 2),
+    }
+    for (how, split), counts in expected.items():
+        assert results[0][ranks, f"head:{kind}-{how}-{split}"].collectives == counts, (how, split)

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from head_shards import Result, run_on_rank
 from torch.autograd.profiler import profile
 from torch.autograd.profiler_util import FunctionEvent
 
 from megatron_rlvr.vocab import token_stats
+from megatron_rlvr.vocab.state import RowState, unpack
+from megatron_rlvr.vocab.torch_rows import TorchRows
 
 
 @dataclass(frozen=True)
@@ -113,11 +116,20 @@ def run_rank(rank: int, store: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     groups = {2: pairs[rank // 2], 4: dist.group.WORLD}
-    results = {
+    results: dict[tuple[int, str], Outcome | Result] = {
         (ranks, name): run_case(case, group) for ranks, group in groups.items() for name, case in rank_cases().items()
     }
+    for ranks, group in groups.items():
+        results |= {(ranks, f"head:{name}"): result for name, result in run_on_rank(group).items()}
     torch.save(results, Path(out) / f"rank{rank}.pt")
     dist.destroy_process_group()
+
+
+def shard_state(logits: torch.Tensor, columns: torch.Tensor, temperature: torch.Tensor) -> RowState:
+    """The state of one shard, with its moments."""
+    rows = TorchRows(*logits.shape, temperature.dtype, logits.device)
+    rows.logits.copy_(logits)
+    return unpack(rows.state(columns, temperature, extras=True))
 
 
 def oracle(case: Case) -> Outcome:
