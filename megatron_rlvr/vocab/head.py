@@ -138,7 +138,7 @@ class Head:
         self._masked_V = call.placement.masked_V
         width = len(real_VH)
         self.slices = list(call.slices(width, real_VH.device))
-        largest = max((chunk.stop - chunk.start for chunk in self.slices), default=0)
+        largest = self.slices[0].stop
         chosen = row_passes.choose(call.backend, real_VH)
         self.rows = row_passes.open_rows(chosen, largest, width, like=real_VH, grad_dtype=self._weight_VH.dtype)
 

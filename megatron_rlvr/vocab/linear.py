@@ -119,7 +119,7 @@ class _LinearStats(torch.autograd.Function):
         entered_RH, head = enter(hidden_TH, call), Head(weight_VH, call)
         grad_RH = torch.zeros_like(entered_RH)
         grad_VH = torch.zeros_like(weight_VH, dtype=stats_dtype(weight_VH))
-        step = max((chunk.stop - chunk.start for chunk in head.slices), default=1)
+        step = max(1, head.slices[0].stop)
         for start in range(0, len(active_R), step):
             some_R = active_R[start : start + step]
             chunk_RH, chunk_totals = entered_RH[some_R], row_totals.select(some_R)

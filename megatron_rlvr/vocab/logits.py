@@ -23,6 +23,7 @@ from megatron_rlvr.vocab.shards import Placement, over_ranks, place
 from megatron_rlvr.vocab.state import BASE, EXTENDED, TokenExtras, TokenStats, Totals, finish, totals
 from megatron_rlvr.vocab.torch_rows import TorchRows
 
+_BLOCK_BYTES = 8 * 2**20
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -173,7 +174,7 @@ def _shard_state(logits_TV: torch.Tensor, call: _Call) -> torch.Tensor:
 
 def _blocks(logits_TV: torch.Tensor, placement: Placement) -> Iterator[tuple[slice, TorchRows]]:
     """Blocks of rows, copied in the statistics' dtype into buffers that the next block overwrites."""
-    size = row_passes.chunk_size(len(logits_TV), placement.real, logits_TV.device)
+    size = min(max(_BLOCK_BYTES // (8 * max(placement.real, 1)), 8), max(len(logits_TV), 1))
     buffers = TorchRows(size, placement.real, row_passes.stats_dtype(logits_TV), logits_TV.device)
     for start in range(0, len(logits_TV), size):
         rows = slice(start, min(start + size, len(logits_TV)))

@@ -9,7 +9,7 @@ import torch
 
 from megatron_rlvr.vocab.state import BASE, EXTENDED, LOG_ZERO, Totals, shift
 
-_TILE = 8192
+_TILE = 2048
 
 
 class TorchRows:

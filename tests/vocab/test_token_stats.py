@@ -218,7 +218,7 @@ def test_blocks_of_rows_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(2)
     case = make_case(torch.randn(300, 20, generator=generator), temperature=torch.linspace(0.5, 2.0, 300))
     whole = run_case(case)
-    monkeypatch.setattr("megatron_rlvr.vocab.rows._CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr("megatron_rlvr.vocab.logits._BLOCK_BYTES", 1)
     blocked = run_case(case)
     assert torch.equal(whole.logprob, blocked.logprob)
     assert torch.equal(whole.entropy, blocked.entropy)
