@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
+import json
+import re
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any
 
 import httpx
 
 from megatron_rlvr.core import Prompt, RLVRError, Verdict
+from megatron_rlvr.verify.board import Board, Chunk
+from megatron_rlvr.verify.replicas import Replica, Replicas
 
 MAX_CHUNK_ITEMS = 512
 MAX_CHUNK_CHARS = 8 << 20
-CONCURRENT_CHUNKS = 4
-FIRST_BACKOFF_S = 0.1
-MAX_BACKOFF_S = 2.0
+# Running a program costs as much as checking many answers.
+CODE_WEIGHT = 16
+CHUNKS_PER_REPLICA = 4
+# The service writes an empty line every second where it has nothing to say.
+SILENCE_S = 10.0
+NDJSON = "application/x-ndjson"
 
 _Item = tuple[Prompt, str]
 
 
 class VerifierClient:
-    """Sends responses to the verifier service at ``url`` and returns its verdicts."""
+    """Sends responses to the replicas of the verifier service and returns their verdicts."""
 
     def __init__(self, url: str, *, deadline_s: float, max_infra_error_share: float) -> None:
         """Prepare the client; nothing is sent yet.
 
         Args:
-            url: Base URL of the service, such as ``http://127.0.0.1:8000``.
+            url: Base URL of the service, such as ``http://127.0.0.1:8000``; of several replicas, separated by commas.
             deadline_s: Seconds within which one ``verify`` call answers every item.
             max_infra_error_share: Share of a call's items, 0 to 1, that may stay without a verdict.
         """
-        self._url = url.rstrip("/")
+        urls = [part.rstrip("/") for part in re.split(r"[,\s]+", url) if part]
+        if not urls:
+            raise RLVRError(f"verify.url is {url!r}, which names no service; give its address or leave the key empty")
+        self._replicas = Replicas(urls)
         self._deadline_s = deadline_s
         self._max_infra_error_share = max_infra_error_share
-        # The service is addressed directly: a proxy of the environment would only see local addresses.
-        self._http = httpx.Client(base_url=self._url, trust_env=False)
 
     def __enter__(self) -> VerifierClient:
         """The client itself."""
@@ -50,104 +58,144 @@ class VerifierClient:
 
     def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        self._replicas.close()
 
     def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
         """One verdict for each (prompt, response text), in order, within the deadline.
 
-        Lost connections and 5xx replies are retried until the deadline; items still unanswered then are
-        ``INFRA_ERROR``, which must never become a reward.
+        Items travel in chunks and their verdicts are taken as they come. What a lost connection, a refusal for lack of
+        room or a failing sandbox leaves open is sent again, to another replica where there is one; so is a chunk that
+        makes no progress, while the first sending goes on. Items still open at the deadline are ``INFRA_ERROR``,
+        which must never become a reward.
 
         Raises:
             RLVRError: If the service refuses the request, or leaves too large a share of it without a verdict.
         """
         if not items:
             return []
-        end = time.monotonic() + self._deadline_s
-        chunks = list(_chunks(items))
-        troubles = ["no reply in time"]
-        executor = ThreadPoolExecutor(CONCURRENT_CHUNKS, thread_name_prefix="verify")
-        try:
-            futures = [executor.submit(self._verify_chunk, chunk, end, troubles) for chunk in chunks]
-            wait(futures, timeout=end - time.monotonic(), return_when=FIRST_EXCEPTION)
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)
-        verdicts: list[Verdict] = []
-        for chunk, future in zip(chunks, futures, strict=True):
-            answered = future.done() and not future.cancelled()
-            verdicts += future.result() if answered else [Verdict.INFRA_ERROR] * len(chunk)
-        self._check_share(verdicts, troubles[-1])
+        chunks = [Chunk(positions) for positions in _chunks(items)]
+        board = Board(chunks, len(items), time.monotonic() + self._deadline_s)
+        # One more thread than chunks: it is the one that sends a lagging chunk again.
+        for _ in range(min(CHUNKS_PER_REPLICA * len(self._replicas), len(chunks) + 1)):
+            threading.Thread(target=self._work, args=(board, items), name="verify", daemon=True).start()
+        verdicts = board.wait()
+        self._check_share(verdicts, board.trouble)
         return verdicts
 
     def _check_share(self, verdicts: Sequence[Verdict], trouble: str) -> None:
         failed = verdicts.count(Verdict.INFRA_ERROR)
         if failed > self._max_infra_error_share * len(verdicts):
             raise RLVRError(
-                f"the verifier service at {self._url} left {failed} of {len(verdicts)} responses without a verdict "
-                f"within {self._deadline_s:g} s ({trouble}), more than the share of {self._max_infra_error_share:g} "
-                "that is tolerated; once the service answers, resume the run with the same command"
+                f"the verifier service at {self._replicas} left {failed} of {len(verdicts)} responses without a "
+                f"verdict within {self._deadline_s:g} s ({trouble}), more than the share of "
+                f"{self._max_infra_error_share:g} that is tolerated; once the service answers, resume the run with "
+                "the same command"
             )
 
-    def _verify_chunk(self, chunk: Sequence[_Item], end: float, troubles: list[str]) -> list[Verdict]:
-        """Verdicts of one chunk; what goes wrong on the way is noted in ``troubles``."""
-        backoff_s = FIRST_BACKOFF_S
-        while (left_s := end - time.monotonic()) > 0:
-            try:
-                reply = self._post(chunk, left_s)
-            except httpx.TransportError as error:
-                troubles.append(str(error) or type(error).__name__)
-            else:
-                if reply.status_code < 500:
-                    return self._verdicts(reply, len(chunk), troubles)
-                troubles.append(f"HTTP {reply.status_code}: {_detail(reply)}")
-            time.sleep(max(0.0, min(backoff_s, end - time.monotonic())))
-            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
-        return [Verdict.INFRA_ERROR] * len(chunk)
+    def _work(self, board: Board, items: Sequence[_Item]) -> None:
+        """What every thread does: send chunks until it is over."""
+        while (chunk := board.take()) is not None:
+            board.give_back(chunk, self._try(board, chunk, items))
 
-    def _post(self, chunk: Sequence[_Item], left_s: float) -> httpx.Response:
+    def _try(self, board: Board, chunk: Chunk, items: Sequence[_Item]) -> str:
+        """Send ``chunk`` to the replica that suits best; returns what went wrong, if anything."""
+        with self._replicas.pick(chunk.last, board.end, lambda: board.needless(chunk)) as replica:
+            if replica is None:
+                return ""
+            chunk.last = replica
+            try:
+                return self._send(board, chunk, items, replica)
+            except httpx.RequestError as error:
+                replica.failed()
+                return str(error) or type(error).__name__
+            except RLVRError as error:
+                board.fail(error)
+            except RuntimeError:
+                # httpx: the client was closed, as the call that this thread works for is over.
+                board.fail(RLVRError("the verifier client was closed while it waited for verdicts; close it later"))
+        return ""
+
+    def _send(self, board: Board, chunk: Chunk, items: Sequence[_Item], replica: Replica) -> str:
+        """Send what is open of ``chunk`` and take the verdicts; returns what went wrong, if anything."""
+        positions = board.open(chunk)
+        left_s = board.end - time.monotonic()
         # The service's own deadline is a little earlier, so that its partial answer still arrives.
         body = {
-            "items": [
-                {"kind": prompt.kind, "response": _encodable(text), "spec": dict(prompt.spec)} for prompt, text in chunk
-            ],
-            "deadline_s": left_s - min(1.0, 0.1 * left_s),
+            "items": [_body(*items[position]) for position in positions],
+            "deadline_s": max(left_s - min(1.0, 0.1 * left_s), 0.001),
         }
-        return self._http.post("/v1/verify", json=body, timeout=left_s)
+        timeout = httpx.Timeout(left_s, read=min(left_s, SILENCE_S))
+        with replica.http.stream("POST", "/v1/verify", json=body, headers={"accept": NDJSON}, timeout=timeout) as reply:
+            if reply.status_code >= 500 or reply.status_code == 429:
+                reply.read()
+                replica.failed(_retry_after(reply))
+                return f"HTTP {reply.status_code}: {_detail(reply)}"
+            if reply.status_code != 200:
+                reply.read()
+                raise RLVRError(f"the verifier service at {replica.url} refused the responses: {_detail(reply)}")
+            return self._take(board, chunk, positions, replica, reply)
 
-    def _verdicts(self, reply: httpx.Response, count: int, troubles: list[str]) -> list[Verdict]:
-        if reply.status_code != 200:
-            raise RLVRError(f"the verifier service at {self._url} refused the responses: {_detail(reply)}")
-        try:
-            results = reply.json()["results"]
-            verdicts = [Verdict(result["verdict"]) for result in results]
-            troubles += [result["detail"] for result in results if result["verdict"] == Verdict.INFRA_ERROR]
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._stranger(f"{type(error).__name__}: {error}") from error
-        if len(verdicts) != count:
-            raise self._stranger(f"{len(verdicts)} verdicts for {count} responses")
-        return verdicts
+    def _take(
+        self, board: Board, chunk: Chunk, positions: Sequence[int], replica: Replica, reply: httpx.Response
+    ) -> str:
+        """Take verdicts from the stream until every position has one here or elsewhere."""
+        if not reply.headers.get("content-type", "").startswith(NDJSON):
+            raise _stranger(replica, f"it answers {reply.headers.get('content-type', 'something')!r}")
+        seen: set[int] = set()
+        for line in reply.iter_lines():
+            if line.strip():
+                index, verdict, detail = _result(replica, line, len(positions))
+                seen.add(index)
+                board.settle(chunk, positions[index], verdict, detail)
+                replica.answered()
+            if board.needless(chunk):
+                return ""
+        if len(seen) < len(positions):
+            replica.failed()
+            return f"{len(seen)} verdicts for {len(positions)} responses"
+        return ""
 
-    def _stranger(self, trouble: str) -> RLVRError:
-        return RLVRError(
-            f"what answers at {self._url} is not this version's verifier service ({trouble[:200]}); "
-            "check the URL and start it with 'rlvr-sandbox serve'"
-        )
+
+def _result(replica: Replica, line: str, count: int) -> tuple[int, Verdict, str]:
+    try:
+        result = json.loads(line)
+        index, verdict, detail = result["index"], Verdict(result["verdict"]), str(result["detail"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _stranger(replica, f"{type(error).__name__}: {error}") from error
+    if not isinstance(index, int) or not 0 <= index < count:
+        raise _stranger(replica, f"a verdict for response {index} of {count}")
+    return index, verdict, detail
 
 
-def _chunks(items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
-    """Consecutive runs of ``items``, bounded in number and in characters (a single longer response stands alone)."""
-    start = chars = 0
-    for position, (_, text) in enumerate(items):
-        if position > start and (position - start == MAX_CHUNK_ITEMS or chars + len(text) > MAX_CHUNK_CHARS):
-            yield items[start:position]
-            start, chars = position, 0
+def _stranger(replica: Replica, trouble: str) -> RLVRError:
+    return RLVRError(
+        f"what answers at {replica.url} is not this version's verifier service ({trouble[:200]}); "
+        "check the URL and start it with 'rlvr-sandbox serve'"
+    )
+
+
+def _chunks(items: Sequence[_Item]) -> Iterator[range]:
+    """Consecutive runs of ``items``, bounded in weight and in characters (a single longer response stands alone)."""
+    start = chars = weight = 0
+    for position, (prompt, text) in enumerate(items):
+        item_weight = CODE_WEIGHT if prompt.kind == "code" else 1
+        if position > start and (weight + item_weight > MAX_CHUNK_ITEMS or chars + len(text) > MAX_CHUNK_CHARS):
+            yield range(start, position)
+            start, chars, weight = position, 0, 0
         chars += len(text)
-    yield items[start:]
+        weight += item_weight
+    yield range(start, len(items))
 
 
-def _encodable(text: str) -> str:
-    """``text`` with lone surrogates replaced, which UTF-8 cannot carry."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+def _body(prompt: Prompt, text: str) -> dict[str, Any]:
+    """One item of the request; UTF-8 cannot carry lone surrogates."""
+    response = text.encode("utf-8", "replace").decode("utf-8")
+    return {"kind": prompt.kind, "response": response, "spec": dict(prompt.spec)}
+
+
+def _retry_after(reply: httpx.Response) -> float:
+    value = reply.headers.get("retry-after", "")
+    return min(float(value), 5.0) if value.isdigit() else 0.0
 
 
 def _detail(reply: httpx.Response) -> str:

@@ -32,7 +32,7 @@ def local_service() -> Iterator[str]:
     # The service watches the pipe to its stdin, which the kernel closes however this process dies. A session of its own
     # keeps a Ctrl-C at the terminal from stopping it while the trainer still needs verdicts to finish.
     process = subprocess.Popen(
-        [sys.executable, "-m", "rlvr_sandbox", "serve", "--port", "0", "--exit-with-parent"],
+        [sys.executable, "-m", "rlvr_sandbox", "serve", "--port", "0", "--exit-with-parent", "--drain-seconds", "0"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

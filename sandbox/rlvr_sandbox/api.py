@@ -1,127 +1,100 @@
-"""The HTTP face of the service: what a request may hold, and the two routes."""
+"""The HTTP face of the service: all routes, and what goes wrong as one sentence with a status."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
 
 from rlvr_sandbox import __version__
-from rlvr_sandbox.pool import Pool, UnavailableError
-from rlvr_sandbox.process import WorkItem
-from rlvr_sandbox.verdicts import Verdict
+from rlvr_sandbox.bench import Bench, FullError, NoCodeError, UnavailableError
+from rlvr_sandbox.door import MAX_BODY_BYTES, Door
+from rlvr_sandbox.items import KINDS
+from rlvr_sandbox.routes.common import (
+    OWN_REFUSALS,
+    BadRequestError,
+    DroppedError,
+    NoVerdictError,
+    compatible_refusals,
+)
+from rlvr_sandbox.routes.fusion import fusion_routes
+from rlvr_sandbox.routes.operations import operation_routes
+from rlvr_sandbox.routes.rewards import reward_routes
+from rlvr_sandbox.routes.submissions import submission_routes
+from rlvr_sandbox.routes.verify import verify_routes
 
-KINDS = ("countdown", "math")
-MAX_ITEMS = 4_096
-MAX_BODY_BYTES = 64 << 20
-MAX_DEADLINE_S = 3_600.0
-MAX_INTEGER = 10**15
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class MathSpec(_Strict):
-    """What the ``math`` checker compares with: the reference answer, as text or LaTeX."""
-
-    answer: Annotated[str, Field(min_length=1, max_length=2_000)]
-
-
-class MathItem(_Strict):
-    """A response to a mathematical question."""
-
-    kind: Literal["math"]
-    response: str
-    spec: MathSpec
-
-
-class CountdownSpec(_Strict):
-    """A Countdown game: the numbers to use and the target to reach."""
-
-    numbers: Annotated[list[Annotated[int, Field(ge=0, le=MAX_INTEGER)]], Field(min_length=1, max_length=16)]
-    target: Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
-
-
-class CountdownItem(_Strict):
-    """A response to a Countdown game."""
-
-    kind: Literal["countdown"]
-    response: str
-    spec: CountdownSpec
-
-
-class VerifyRequest(_Strict):
-    """A batch of items and the seconds within which every one of them is answered."""
-
-    items: Annotated[
-        list[Annotated[MathItem | CountdownItem, Field(discriminator="kind")]], Field(max_length=MAX_ITEMS)
-    ]
-    deadline_s: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S)]
-
-
-class Result(BaseModel):
-    """The answer to one item; ``seconds`` is the wall time spent on it."""
-
-    verdict: Verdict
-    detail: str
-    seconds: float
-
-
-class VerifyReply(BaseModel):
-    """One result for each item, in the order of the request."""
-
-    results: list[Result]
+DROPPED_STATUS = 499
+_RETRY = {"retry-after": "1"}
 
 
 def _place(location: Sequence[int | str]) -> str:
-    """``items[3].spec.answer`` from pydantic's path, which also names the member of the union."""
-    steps = [step for position, step in enumerate(location) if not (position == 3 and step in KINDS) and step != "body"]
+    """``items[3].spec.answer`` from pydantic's path, which also names the members of unions."""
+    steps = [
+        step
+        for position, step in enumerate(location)
+        if step != "body"
+        and not (position == 3 and step in KINDS)
+        and not (isinstance(step, str) and step[:1].isupper())
+    ]
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".") or "the body"
 
 
-def _sentence(error: dict[str, Any]) -> str:
+def _sentence(error: Mapping[str, Any]) -> str:
     """What is wrong with a request, in one sentence."""
     place = _place(error["loc"])
     if error["type"] == "union_tag_invalid":
-        tag = error["ctx"]["tag"]
-        if tag == "code":
-            return (
-                f"{place}.kind is 'code', but this build does not run code because isolation is not there yet; "
-                f"send only the kinds {' and '.join(KINDS)}"
-            )
-        return f"{place}.kind is {str(tag)[:60]!r}, which no checker judges; send only the kinds {' and '.join(KINDS)}"
-    return f"{place} is refused ({error['msg']}); send what the README of rlvr-sandbox describes"
+        known = " and ".join([", ".join(KINDS[:-1]), KINDS[-1]])
+        return f"{place}.kind is {str(error['ctx']['tag'])[:60]!r}, which nobody judges; send only the kinds {known}"
+    message = error["msg"].removeprefix("Value error, ")[:160]
+    return f"{place[:60]} is refused ({message}); send what the README of rlvr-sandbox describes"
 
 
-def _refusal(status: int, sentence: str) -> JSONResponse:
-    return JSONResponse({"detail": sentence}, status)
+def _refusal(status: int, sentence: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"detail": sentence}, status, headers)
 
 
-def create_app(pool: Pool) -> FastAPI:
-    """The application that answers from ``pool``, which the caller starts and stops."""
+def create_app(bench: Bench, busy_status: int = 504) -> FastAPI:
+    """The application that answers from ``bench``, which the caller starts and stops.
+
+    Args:
+        bench: Where items are judged.
+        busy_status: What routes of other protocols answer where there is no verdict; verl retries 504 only.
+    """
     app = FastAPI(title="rlvr-sandbox", version=__version__, max_body_size=MAX_BODY_BYTES)
+    app.include_router(verify_routes(bench), responses=OWN_REFUSALS)
+    for router in (fusion_routes(bench), submission_routes(bench), reward_routes(bench)):
+        app.include_router(router, responses=compatible_refusals(busy_status))
+    app.include_router(operation_routes(bench))
+    app.add_middleware(Door, metrics=bench.metrics, busy_status=busy_status)
+    _add_refusals(app, busy_status)
+    return app
 
+
+def _add_refusals(app: FastAPI, busy_status: int) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         return _refusal(422, _sentence(error.errors()[0]))
 
+    @app.exception_handler(BadRequestError)
+    async def bad(_: Request, error: BadRequestError) -> Response:
+        return _refusal(422, str(error))
+
     @app.exception_handler(UnavailableError)
-    async def unavailable(_: Request, error: UnavailableError) -> Response:
-        return _refusal(503, str(error))
+    async def unavailable(request: Request, error: UnavailableError) -> Response:
+        own = 429 if isinstance(error, FullError) else 503
+        return _refusal(own if request.url.path.startswith("/v1/") else busy_status, str(error), _RETRY)
 
-    @app.get("/healthz")
-    async def healthz() -> dict[str, Any]:
-        return {"status": "ok", "workers": pool.live_workers, "kinds": list(KINDS)}
+    @app.exception_handler(NoVerdictError)
+    async def no_verdict(_: Request, error: NoVerdictError) -> Response:
+        return _refusal(busy_status, str(error), _RETRY)
 
-    @app.post("/v1/verify", response_model=VerifyReply)
-    async def verify(request: VerifyRequest) -> Response:
-        items = [WorkItem(item.kind, item.response, item.spec.model_dump()) for item in request.items]
-        judgements = await pool.judge(items, request.deadline_s)
-        return JSONResponse({"results": [judgement._asdict() for judgement in judgements]})
+    @app.exception_handler(NoCodeError)
+    async def no_code(_: Request, error: NoCodeError) -> Response:
+        return _refusal(501, str(error))
 
-    return app
+    @app.exception_handler(DroppedError)
+    async def dropped(_: Request, __: DroppedError) -> Response:
+        return Response(status_code=DROPPED_STATUS)

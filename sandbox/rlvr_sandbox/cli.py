@@ -5,90 +5,113 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import socket
+import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 
-import uvicorn
-
-from rlvr_sandbox.api import create_app
+from rlvr_sandbox.bench import Bench
+from rlvr_sandbox.code_lane import CodeLane
+from rlvr_sandbox.isolation import open_executor
+from rlvr_sandbox.metrics import Metrics
 from rlvr_sandbox.pool import Pool
+from rlvr_sandbox.server import Server, listen
 from rlvr_sandbox.verdicts import SandboxError
 
-GRACE_S = 5
+BACKENDS = ("auto", "ns", "landlock", "bwrap", "none")
+BUSY_STATUSES = (429, 503, 504)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, saying where it listens once it does, and stopping at once although requests may be waiting."""
+async def _code_lane(options: argparse.Namespace, metrics: Metrics, stack: AsyncExitStack) -> CodeLane | str:
+    """The lane on the backend that was asked for; with ``auto``, why there is none where none is safe here.
 
-    def __init__(self, pool: Pool) -> None:
-        super().__init__(uvicorn.Config(create_app(pool), log_level="warning", timeout_graceful_shutdown=GRACE_S))
-        self._pool = pool
+    Raises:
+        SandboxError: If the backend that was asked for is not safe here.
+    """
+    try:
+        executor = await open_executor(options.backend, slots=options.slots, unsafe=options.unsafe, numpy=options.numpy)
+    except SandboxError as error:
+        if options.backend != "auto":
+            raise
+        return str(error)
+    stack.push_async_callback(executor.close)
+    metrics.backend_info.labels(executor.name).set(1)
+    metrics.watch_restarts(lambda: executor.restarts)
+    return CodeLane(executor, slots=options.slots, metrics=metrics, report=executor.report)
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start serving on ``sockets``, then print the one line that callers wait for."""
-        await super().startup(sockets)
-        if self.started and sockets:
-            host, port = sockets[0].getsockname()[:2]
-            print(f"rlvr-sandbox listening on http://{host}:{port}", flush=True)
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse the requests that wait for verdicts, then stop serving."""
-        self._pool.stop()
-        await super().shutdown(sockets)
-
-    def stop_at_end_of_stdin(self) -> None:
-        """Block until stdin ends, then let the server finish."""
-        while os.read(0, 4096):
-            pass
-        self.should_exit = True
+def _announcement(code: CodeLane | str) -> str:
+    if isinstance(code, str):
+        return f"rlvr-sandbox runs no code: {code}"
+    languages = ", ".join(code.executor.languages)
+    return f"rlvr-sandbox backend {code.executor.name}: {code.report}; {code.slots} slots; {languages}"
 
 
 async def _serve(options: argparse.Namespace) -> None:
-    try:
-        listener = socket.create_server((options.host, options.port))
-    except OSError as error:
-        raise SandboxError(
-            f"cannot listen on {options.host}:{options.port} ({error.strerror or error}); "
-            "choose another --port, or 0 for a free one"
-        ) from error
-    # asyncio does this only for sockets that name their protocol; without it every reply waits 40 ms for an ACK.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    async with Pool(workers=options.workers, item_cpu_s=options.item_seconds) as pool:
-        server = _Server(pool)
+    listener = listen(options.host, options.port)
+    metrics = Metrics()
+    async with AsyncExitStack() as stack:
+        code = await _code_lane(options, metrics, stack)
+        pool = Pool(workers=options.workers, item_cpu_s=options.item_seconds, metrics=metrics)
+        bench = Bench(await stack.enter_async_context(pool), code, metrics)
+        server = Server(
+            bench,
+            drain_s=options.drain_seconds,
+            busy_status=options.busy_status,
+            announcement=_announcement(code),
+        )
         if options.exit_with_parent:
             threading.Thread(target=server.stop_at_end_of_stdin, daemon=True).start()
+        # uvicorn sends itself the signal again at its end, when the sandboxes are still there.
+        signal.signal(signal.SIGTERM, lambda *_: None)
         await server.serve(sockets=[listener])
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rlvr-sandbox", description="Judge responses of a policy over HTTP.")
-    serve = parser.add_subparsers(dest="command", required=True).add_parser("serve", help="run the service")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    serve.add_argument("--port", type=int, default=0, help="port to listen on; 0 picks a free one (default: 0)")
-    default_workers = min(2, os.cpu_count() or 1)
+    serve = parser.add_subparsers(dest="command", required=True).add_parser(
+        "serve", help="run the service", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    cores = os.cpu_count() or 1
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    serve.add_argument("--port", type=int, default=0, help="port to listen on; 0 picks a free one")
+    serve.add_argument("--workers", type=int, default=min(2, cores), help="processes that check answers")
+    serve.add_argument("--item-seconds", type=float, default=3.0, help="CPU seconds that checking an answer may take")
+    serve.add_argument("--backend", choices=BACKENDS, default="auto", help="isolation that programs run under")
+    serve.add_argument("--slots", type=int, default=cores, help="programs that run at once")
+    serve.add_argument("--numpy", action="store_true", help="keep numpy loaded for programs that import it")
+    serve.add_argument("--unsafe", action="store_true", help="allow --backend none, which isolates nothing")
     serve.add_argument(
-        "--workers",
+        "--busy-status",
         type=int,
-        default=default_workers,
-        help="worker processes (default: %(default)s)",
+        choices=BUSY_STATUSES,
+        default=504,
+        help="what /run_code, /submit, /rm and /verify answer when there is no verdict; verl retries 504 only",
     )
-    serve.add_argument(
-        "--item-seconds", type=float, default=3.0, help="CPU seconds that one item may take (default: %(default)s)"
-    )
+    serve.add_argument("--drain-seconds", type=float, default=20.0, help="time that requests have after SIGTERM")
     serve.add_argument("--exit-with-parent", action="store_true", help="stop when stdin ends")
     return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    bounds = {"workers": (1, 1024), "slots": (1, 1024), "item_seconds": (0.1, 600), "drain_seconds": (0, 3600)}
+    for name, (low, high) in bounds.items():
+        value = getattr(options, name)
+        if not low <= value <= high:
+            raise SandboxError(f"--{name.replace('_', '-')} is {value:g}; give {low:g} to {high:g}")
+    if (options.backend == "none") != options.unsafe:
+        raise SandboxError(
+            f"--backend is {options.backend!r} and --unsafe is {'given' if options.unsafe else 'not given'}; "
+            "programs run without isolation only if both say so"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        if options.workers < 1:
-            raise SandboxError(f"--workers is {options.workers}; give at least 1")
-        if not 0.1 <= options.item_seconds <= 600:
-            raise SandboxError(f"--item-seconds is {options.item_seconds:g}; give 0.1 to 600")
+        _check(options)
         asyncio.run(_serve(options))
     except KeyboardInterrupt:
         return 130

@@ -1,29 +1,29 @@
-"""The worker pool: bounded queue in, one judgement for every item out, whatever the items do to the workers."""
+"""The worker pool: judges what needs no sandbox, whatever the items do to the workers."""
 
 from __future__ import annotations
 
 import asyncio
 import enum
+import itertools
 import logging
+import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
+from rlvr_sandbox.metrics import Metrics
 from rlvr_sandbox.process import WorkerProcess, WorkItem
 from rlvr_sandbox.verdicts import Judgement, SandboxError, Verdict
 
-MAX_PENDING = 32_768
 MAX_CHUNK = 64
 MAX_FAULTS = 2
 TICK_S = 0.1
 RESPAWN_DELAY_S = 1.0
-STOPPING = "the service is stopping; retry once it is up again"
+
+Settle = Callable[[int, Judgement], None]
 
 logger = logging.getLogger(__name__)
-
-
-class UnavailableError(SandboxError):
-    """The service cannot judge this request now: it has too many unanswered items, or is stopping."""
 
 
 class _Outcome(enum.Enum):
@@ -36,21 +36,13 @@ class _Outcome(enum.Enum):
 
 
 class _Batch:
-    """One request's items and what is known of them."""
+    """One request's items and who is told of their judgements."""
 
-    def __init__(self, items: Sequence[WorkItem]) -> None:
+    def __init__(self, items: Sequence[WorkItem], settle: Settle) -> None:
         self.items = items
-        self.judgements: list[Judgement | None] = [None] * len(items)
+        self.settle = settle
         self.faults: Counter[int] = Counter()
-        self.done = asyncio.Event()
         self.closed = False
-        self._unanswered = len(items)
-
-    def settle(self, index: int, judgement: Judgement) -> None:
-        self.judgements[index] = judgement
-        self._unanswered -= 1
-        if self._unanswered == 0:
-            self.done.set()
 
 
 class Pool:
@@ -61,22 +53,28 @@ class Pool:
     fails cancels the body of the ``async with``.
     """
 
-    def __init__(self, *, workers: int, item_cpu_s: float) -> None:
+    def __init__(self, *, workers: int, item_cpu_s: float, metrics: Metrics) -> None:
         """Configure the pool.
 
         Args:
             workers: Number of worker processes, at least 1.
             item_cpu_s: CPU seconds that one item may take; 3 times that plus 2 s of wall time make a worker stuck.
+            metrics: Where waits, kills and restarts are counted.
         """
         self._size = workers
         self._item_cpu_s = item_cpu_s
         self._stuck_after_s = 3 * item_cpu_s + 2
-        self._queue: asyncio.Queue[tuple[_Batch, deque[int]]] = asyncio.Queue()
-        self._open: set[_Batch] = set()
-        self._stopping = False
+        self._metrics = metrics
+        self._queue: asyncio.PriorityQueue[tuple[int, int, float, _Batch, deque[int]]] = asyncio.PriorityQueue()
+        self._arrivals = itertools.count()
         self._workers: list[WorkerProcess] = []
         self._slots: list[asyncio.Task[None]] = []
         self._tasks = asyncio.TaskGroup()
+
+    @property
+    def size(self) -> int:
+        """How many workers there should be."""
+        return self._size
 
     @property
     def live_workers(self) -> int:
@@ -105,72 +103,51 @@ class Pool:
         finally:
             await asyncio.gather(*(worker.kill() for worker in self._workers))
 
-    async def judge(self, items: Sequence[WorkItem], deadline_s: float) -> list[Judgement]:
-        """Judge ``items``, in order, within ``deadline_s`` seconds; what is unfinished then is ``infra_error``.
-
-        Raises:
-            UnavailableError: If too many items of other requests are unanswered, or ``stop`` is called meanwhile.
-        """
-        if self._stopping:
-            raise UnavailableError(STOPPING)
-        pending = sum(len(batch.items) for batch in self._open)
-        if pending + len(items) > MAX_PENDING:
-            raise UnavailableError(
-                f"{pending} items are waiting and {len(items)} more would pass the limit of {MAX_PENDING}; "
-                "retry later or add workers"
-            )
-        if not items:
-            return []
-        batch = _Batch(items)
-        self._open.add(batch)
+    @contextmanager
+    def judging(self, items: Sequence[WorkItem], priority: int, settle: Settle) -> Iterator[None]:
+        """Judge ``items`` for the length of the block, calling ``settle(index, judgement)`` as each one is done."""
+        batch = _Batch(items, settle)
+        size = max(1, min(MAX_CHUNK, -(-len(items) // (4 * self._size))))
+        for start in range(0, len(items), size):
+            self._put(priority, batch, deque(range(start, min(start + size, len(items)))))
         try:
-            size = min(MAX_CHUNK, -(-len(items) // (4 * self._size)))
-            for start in range(0, len(items), size):
-                self._queue.put_nowait((batch, deque(range(start, min(start + size, len(items))))))
-            async with asyncio.timeout(deadline_s):
-                await batch.done.wait()
-        except TimeoutError:
-            pass
+            yield
         finally:
             batch.closed = True
-            self._open.discard(batch)
-        if self._stopping:
-            raise UnavailableError(STOPPING)
-        late = Judgement(Verdict.INFRA_ERROR, f"not judged within the deadline of {deadline_s:g} s", deadline_s)
-        return [judgement or late for judgement in batch.judgements]
 
-    def stop(self) -> None:
-        """Give up every request now, without a verdict."""
-        self._stopping = True
-        for batch in self._open:
-            batch.done.set()
+    def _put(self, priority: int, batch: _Batch, todo: deque[int]) -> None:
+        self._queue.put_nowait((priority, next(self._arrivals), time.monotonic(), batch, todo))
 
     async def _run_slot(self, slot: int) -> None:
         while True:
             if self._workers[slot].ended:
                 await self._respawn(slot)
-            batch, todo = await self._queue.get()
+            priority, _, arrival, batch, todo = await self._queue.get()
             if batch.closed:
                 continue
             if self._workers[slot].ended:
-                self._queue.put_nowait((batch, todo))
+                self._put(priority, batch, todo)
                 continue
-            await self._judge_chunk(self._workers[slot], batch, todo)
+            self._metrics.queue_s.labels("workers").observe(time.monotonic() - arrival)
+            if await self._judge_chunk(self._workers[slot], batch, todo):
+                self._put(priority, batch, todo)
 
     async def _respawn(self, slot: int) -> None:
         await self._workers[slot].kill()
+        self._metrics.worker_restarts.inc()
         try:
             self._workers[slot] = await WorkerProcess.spawn()
         except SandboxError as error:
             logger.error("%s", error)
             await asyncio.sleep(RESPAWN_DELAY_S)
 
-    async def _judge_chunk(self, worker: WorkerProcess, batch: _Batch, todo: deque[int]) -> None:
-        """Let ``worker`` judge the items ``todo`` of ``batch``; what it leaves undone goes back to the queue."""
+    async def _judge_chunk(self, worker: WorkerProcess, batch: _Batch, todo: deque[int]) -> bool:
+        """Let ``worker`` judge the items ``todo`` of ``batch``; whether it leaves some to another worker."""
         outcome = await self._watch(worker, batch, todo)
         if outcome is _Outcome.DONE:
-            return
+            return False
         await worker.kill()
+        self._metrics.kills.labels("worker", outcome.name.lower()).inc()
         if outcome is _Outcome.OVERRUN:
             detail = f"more than {self._item_cpu_s:g} s of CPU time"
             batch.settle(todo.popleft(), Judgement(Verdict.TIME_LIMIT, detail, self._item_cpu_s))
@@ -179,8 +156,7 @@ class Pool:
             if batch.faults[todo[0]] == MAX_FAULTS:
                 detail = f"{MAX_FAULTS} workers died or hung without using CPU time on this item"
                 batch.settle(todo.popleft(), Judgement(Verdict.INFRA_ERROR, detail))
-        if todo:
-            self._queue.put_nowait((batch, todo))
+        return bool(todo)
 
     async def _watch(self, worker: WorkerProcess, batch: _Batch, todo: deque[int]) -> _Outcome:
         """Collect judgements until ``todo`` is empty or its first item must be given up."""

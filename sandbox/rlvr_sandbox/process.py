@@ -11,7 +11,7 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlvr_sandbox.verdicts import Judgement, SandboxError, Verdict
+from rlvr_sandbox.verdicts import Judgement, SandboxError, Trust, Verdict
 from rlvr_sandbox.worker import READY
 
 START_TIMEOUT_S = 60.0
@@ -81,8 +81,8 @@ class WorkerProcess:
     async def judgements(self, timeout_s: float) -> list[Judgement]:
         """The judgements that arrived since the last call, in order; waits ``timeout_s`` for the first."""
         return [
-            Judgement(Verdict(verdict), detail, seconds)
-            for verdict, detail, seconds in map(json.loads, await self._lines(timeout_s))
+            Judgement(Verdict(verdict), detail, seconds, Trust(trust), tuple(flags))
+            for verdict, detail, seconds, trust, flags in map(json.loads, await self._lines(timeout_s))
         ]
 
     async def _lines(self, timeout_s: float) -> list[bytes]:

@@ -24,6 +24,18 @@ class Verdict(enum.StrEnum):
     INFRA_ERROR = "infra_error"
 
 
+class Trust(enum.StrEnum):
+    """What a verdict is worth.
+
+    ``ISOLATED``: nothing that the response controls could have written it. ``INPROC``: the tests ran in the
+    response's own process, which can forge them. ``UNSAFE``: the code ran without isolation.
+    """
+
+    ISOLATED = "isolated"
+    INPROC = "inproc"
+    UNSAFE = "unsafe"
+
+
 class Judgement(NamedTuple):
     """A verdict with its reason.
 
@@ -31,8 +43,12 @@ class Judgement(NamedTuple):
         verdict: The verdict.
         detail: Why, for a human; empty where the verdict says it all.
         seconds: Wall time spent on the item.
+        trust: What the verdict is worth.
+        flags: Suspicions about how the response went about it, such as ``walks_frames``; they change no verdict.
     """
 
     verdict: Verdict
     detail: str = ""
     seconds: float = 0.0
+    trust: Trust = Trust.ISOLATED
+    flags: tuple[str, ...] = ()

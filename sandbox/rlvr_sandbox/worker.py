@@ -1,7 +1,8 @@
 """One worker process: reads chunks of items from stdin, judges them in order, writes one line for each to stdout.
 
 It needs no timeouts of its own: the pool watches its CPU clock and kills it. It dies with the service even while it is
-stuck in C code, because the kernel is asked to kill it when its parent dies.
+stuck in C code, because the kernel is asked to kill it when its parent dies. Checkers run libraries on hostile text, so
+where the kernel has landlock a worker can read files and nothing else: no writing, no programs, no TCP, no signals.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from rlvr_sandbox.isolation import kernel, landlock
 from rlvr_sandbox.verdicts import Judgement, Verdict
 
 MAX_RESPONSE_CHARS = 1 << 20
@@ -31,6 +33,17 @@ def _confine() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESS_SPACE, MAX_ADDRESS_SPACE))
+
+
+def _wall_in() -> None:
+    """Leave nothing but reading files, for good, where the kernel has landlock."""
+    version = landlock.version()
+    if version:
+        kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+        rules = landlock.Ruleset(version)
+        rules.allow("/", landlock.READ_FILE | landlock.READ_DIR)
+        rules.allow(os.devnull, landlock.DEVICE)
+        rules.restrict()
 
 
 def _claim_stdout() -> int:
@@ -54,6 +67,7 @@ def main() -> None:
     # An interrupt typed at a terminal reaches the whole group; ending the workers is the service's business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _confine()
+    _wall_in()
     results = _claim_stdout()
     _judge("math", r"\boxed{\frac{1}{2}}", {"answer": "0.5"})
     os.write(results, READY + b"\n")

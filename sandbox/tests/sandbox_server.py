@@ -15,8 +15,8 @@ import httpx
 
 SANDBOX = Path(__file__).resolve().parents[1]
 
-# Python needs minutes of CPU time for this power tower and never looks at signals meanwhile.
-HANG = {"kind": "math", "response": r"\boxed{9^{9^{9^9}}}", "spec": {"answer": "7"}}
+# math-verify needs minutes of CPU time to expand this and never looks at signals meanwhile.
+HANG = {"kind": "math", "response": r"\boxed{(x+y+z+w)^{399}}", "spec": {"answer": "7"}}
 
 
 def countdown(response: str, numbers: list[int], target: int) -> dict[str, Any]:
@@ -25,6 +25,16 @@ def countdown(response: str, numbers: list[int], target: int) -> dict[str, Any]:
 
 def math(response: str, answer: str) -> dict[str, Any]:
     return {"kind": "math", "response": response, "spec": {"answer": answer}}
+
+
+def code(response: str, spec: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": "code", "response": response, "spec": spec}
+
+
+def program(source: str, stdin: str, stdout: str, **limits: Any) -> dict[str, Any]:
+    """An item whose program has to print ``stdout`` for ``stdin``."""
+    spec = {"mode": "stdio", "tests": [{"stdin": stdin, "stdout": stdout}], "extract": False, "limits": limits}
+    return code(source, spec)
 
 
 class Server:
@@ -43,12 +53,35 @@ class Server:
         return [result["verdict"] for result in self.verify(items, deadline_s)]
 
     def workers(self) -> list[int]:
-        return children(self.process.pid)
+        return [pid for pid in children(self.process.pid) if "rlvr_sandbox.worker" in command_line(pid)]
+
+    def zygotes(self) -> list[int]:
+        return [pid for pid in children(self.process.pid) if "rlvr_sandbox.isolation" in command_line(pid)]
+
+    def metric(self, name: str) -> float:
+        """The sum of the named metric over its labels."""
+        lines = self.http.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
 
 def children(pid: int) -> list[int]:
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def descendants(pid: int) -> list[int]:
+    try:
+        below = children(pid)
+    except OSError:
+        return []
+    return below + [deeper for child in below for deeper in descendants(child)]
 
 
 def alive(pid: int) -> bool:
@@ -69,6 +102,17 @@ def eventually(condition: Callable[[], bool], within_s: float) -> bool:
     while not (held := condition()) and time.monotonic() < end:
         time.sleep(0.02)
     return held
+
+
+@contextmanager
+def running_code(*options: str) -> Iterator[Server]:
+    """A service that runs code: under the best isolation of this machine, or without any."""
+    with running(*options) as server:
+        if server.http.get("/v1/capabilities").json()["backend"] is not None:
+            yield server
+            return
+    with running("--backend", "none", "--unsafe", *options) as server:
+        yield server
 
 
 @contextmanager

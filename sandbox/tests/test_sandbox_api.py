@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
+import json
 import subprocess
 import sys
 import time
@@ -10,9 +12,13 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from rlvr_sandbox.api import KINDS
+from rlvr_sandbox.api import create_app
+from rlvr_sandbox.bench import Bench
 from rlvr_sandbox.checkers import CHECKERS
-from sandbox_server import Server, countdown, math, running
+from rlvr_sandbox.items import KINDS
+from rlvr_sandbox.metrics import Metrics
+from rlvr_sandbox.pool import Pool
+from sandbox_server import HANG, Server, countdown, math, running
 
 GOOD = countdown("2+5+9", [2, 5, 9], 16)
 
@@ -31,8 +37,12 @@ def refusal(server: Server, body: object, status: int = 422) -> str:
 
 
 def test_health(server: Server) -> None:
-    assert set(KINDS) == set(CHECKERS)
-    assert server.http.get("/healthz").json() == {"status": "ok", "workers": 2, "kinds": ["countdown", "math"]}
+    assert set(KINDS) == {*CHECKERS, "code"}
+    health = server.http.get("/healthz").json()
+    assert health["status"] == "ok"
+    assert health["workers"] == 2
+    assert {"countdown", "math", "reasoning_gym"} <= set(health["kinds"]) <= set(KINDS)
+    assert server.http.get("/readyz").json() == {"ready": True, "pending": 0}
 
 
 def test_order_is_that_of_the_request(server: Server) -> None:
@@ -56,10 +66,73 @@ def test_results_carry_reason_and_time(server: Server) -> None:
     assert 0 < result["seconds"] < 1
 
 
-def test_code_is_refused_because_isolation_is_missing(server: Server) -> None:
-    detail = refusal(server, {"items": [GOOD, {"kind": "code", "response": "pass", "spec": {}}], "deadline_s": 1})
-    assert detail.startswith("items[1].kind is 'code'")
-    assert "does not run code because isolation is not there yet" in detail
+def test_code_is_refused_in_words_where_there_is_no_isolation() -> None:
+    reason = "no backend holds here (ns: blocked, landlock: absent); use a newer kernel"
+
+    async def scenario() -> None:
+        metrics = Metrics()
+        bench = Bench(Pool(workers=1, item_cpu_s=1, metrics=metrics), reason, metrics)
+        transport = httpx.ASGITransport(create_app(bench))
+        async with httpx.AsyncClient(transport=transport, base_url="http://sandbox") as http:
+            code = {"kind": "code", "response": "1", "spec": {"mode": "stdio", "tests": [{"stdin": "", "stdout": "1"}]}}
+            reply = await http.post("/v1/verify", json={"items": [GOOD, code], "deadline_s": 1})
+            assert reply.status_code == 422
+            expected = f"items[1].kind is 'code', but this service does not run code because {reason}"
+            assert reply.json() == {"detail": expected}
+            reply = await http.post("/run_code", json={"code": "1", "language": "python"})
+            assert reply.status_code == 501
+            assert reply.json() == {"detail": f"this service does not run code because {reason}"}
+            reply = await http.post("/rm", json={"response": "1", "label": {"kind": "code", "spec": code["spec"]}})
+            assert reply.status_code == 501
+            capabilities = (await http.get("/v1/capabilities")).json()
+            assert (capabilities["backend"], capabilities["code"]) == (None, reason)
+            assert "code" not in (await http.get("/healthz")).json()["kinds"]
+
+    asyncio.run(scenario())
+
+
+def test_results_are_streamed_as_they_are_done(server: Server) -> None:
+    items = [*[GOOD] * 70, math(r"\boxed{1}", "2"), HANG]
+    accept = {"accept": "application/x-ndjson"}
+    with server.http.stream("POST", "/v1/verify", json={"items": items, "deadline_s": 2}, headers=accept) as reply:
+        assert reply.headers["content-type"].startswith("application/x-ndjson")
+        results = [json.loads(line) for line in reply.iter_lines() if line]
+    assert sorted(result["index"] for result in results) == list(range(72))
+    assert results[-1]["index"] == 71
+    assert results[-1]["verdict"] == "infra_error"
+    verdicts = {result["index"]: result["verdict"] for result in results[:-1]}
+    assert verdicts == {**dict.fromkeys(range(70), "accepted"), 70: "wrong_answer"}
+
+
+def test_math_has_a_door_of_its_own(server: Server) -> None:
+    pairs = [
+        {"gold": "1/2", "response": r"\boxed{0.5}"},
+        {"gold": "0.5", "response": r"\boxed{50\%}", "policy": {"percent": "value"}},
+        {"gold": "50", "response": r"\boxed{50\%}", "policy": {"percent": "value"}},
+    ]
+    reply = server.http.post("/v1/math", json={"items": pairs, "deadline_s": 20})
+    assert [result["verdict"] for result in reply.json()["results"]] == ["accepted", "accepted", "wrong_answer"]
+    reply = server.http.post("/v1/math", json={"items": [{**pairs[0], "policy": {"percents": 1}}], "deadline_s": 1})
+    assert reply.status_code == 422
+    assert reply.json()["detail"].startswith("items[0].policy.percents ")
+
+
+def test_the_same_item_is_judged_once(server: Server) -> None:
+    item = math(r"\boxed{123456/3}", "41152")
+    hits = server.metric("rlvr_sandbox_cache_hits_total")
+    assert server.verify([item])[0]["verdict"] == "accepted"
+    assert server.verify([item, item])[1]["verdict"] == "accepted"
+    assert server.metric("rlvr_sandbox_cache_hits_total") == hits + 2
+
+
+def test_metrics_count_verdicts_and_requests(server: Server) -> None:
+    before = server.metric("rlvr_sandbox_verdicts_total"), server.metric("rlvr_sandbox_requests_total")
+    server.verify([GOOD, math("1", "2")])
+    assert server.metric("rlvr_sandbox_verdicts_total") == before[0] + 2
+    assert server.metric("rlvr_sandbox_requests_total") >= before[1] + 2
+    assert server.metric("rlvr_sandbox_queue_items") == 0
+    assert server.http.get("/nowhere").status_code == 404
+    assert 'route="other",status="404"' in server.http.get("/metrics").text
 
 
 @pytest.mark.parametrize(
@@ -138,7 +211,13 @@ def test_connections_are_answered_without_delay(server: Server) -> None:
 
 def test_a_service_that_cannot_start_says_why_in_one_sentence(server: Server) -> None:
     taken = str(server.http.base_url.port)
-    for options, words in ((["--port", taken], "choose another --port"), (["--workers", "0"], "--workers is 0")):
+    for options, words in (
+        (["--port", taken], "choose another --port"),
+        (["--workers", "0"], "--workers is 0"),
+        (["--drain-seconds", "nan"], "--drain-seconds is nan"),
+        (["--backend", "none"], "only if both say so"),
+        (["--unsafe"], "only if both say so"),
+    ):
         command = [sys.executable, "-m", "rlvr_sandbox", "serve", *options]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
         assert ended.returncode == 1
@@ -150,4 +229,5 @@ def test_a_service_that_cannot_start_says_why_in_one_sentence(server: Server) ->
 
 def test_documentation_of_the_api_is_served(server: Server) -> None:
     schema = httpx.get(server.http.base_url.join("/openapi.json"), trust_env=False).json()
-    assert {"/v1/verify", "/healthz"} == set(schema["paths"])
+    own = {"/v1/verify", "/v1/math", "/v1/capabilities", "/healthz", "/readyz", "/metrics"}
+    assert set(schema["paths"]) == {*own, "/run_code", "/submit", "/common_evaluate_batch", "/rm", "/verify"}

@@ -12,14 +12,21 @@ from typing import Any
 
 import httpx
 import pytest
-import rlvr_sandbox.pool as pool_module
+from pydantic import TypeAdapter
+from rlvr_sandbox import bench as bench_module
 from rlvr_sandbox.api import create_app
-from rlvr_sandbox.pool import Pool, UnavailableError
-from rlvr_sandbox.process import WorkItem
-from sandbox_server import HANG, Server, alive, countdown, cpu_seconds, eventually, math, running
+from rlvr_sandbox.bench import Bench, FullError
+from rlvr_sandbox.items import Item, TaggedItem
+from rlvr_sandbox.metrics import Metrics
+from rlvr_sandbox.pool import Pool
+from sandbox_server import HANG, Server, alive, countdown, cpu_seconds, descendants, eventually, math, running
 
 GOOD = countdown("2+5+9", [2, 5, 9], 16)
 WRONG = math(r"\boxed{1}", "2")
+
+
+def item(fields: dict[str, Any]) -> Item:
+    return TypeAdapter(TaggedItem).validate_python(fields)
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +72,16 @@ def test_a_stopped_worker_is_replaced_and_its_item_tried_again(brief: Server) ->
     stopped = brief.workers()
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
-    assert brief.verdicts([GOOD, WRONG, GOOD]) == ["accepted", "wrong_answer", "accepted"]
-    assert not any(alive(pid) for pid in stopped[:1])
+    fresh = [countdown("3+4", [3, 4], 7), countdown("3+4", [3, 4], 8), countdown("3*4", [3, 4], 12)]
+    assert brief.verdicts(fresh) == ["accepted", "wrong_answer", "accepted"]
+    assert not all(alive(pid) for pid in stopped)
 
 
 def test_an_idle_worker_that_dies_is_not_missed(brief: Server) -> None:
     for pid in brief.workers():
         os.kill(pid, signal.SIGKILL)
-    assert brief.verdicts([GOOD] * 100) == ["accepted"] * 100
+    fresh = [countdown(f"1+{number}", [1, number], 1 + number) for number in range(100)]
+    assert brief.verdicts(fresh) == ["accepted"] * 100
 
 
 def test_an_item_that_two_workers_die_on_has_no_verdict(patient: Server) -> None:
@@ -106,9 +115,12 @@ def test_the_deadline_is_kept_and_frees_the_workers(patient: Server) -> None:
 
 @pytest.mark.parametrize("how", ["kill", "end of stdin", "terminate"])
 def test_no_worker_outlives_the_service(how: str) -> None:
-    with running("--item-seconds", "60", "--workers", "1") as server, ThreadPoolExecutor() as threads:
-        workers = server.workers()
-        assert len(workers) == 1
+    with (
+        running("--item-seconds", "60", "--workers", "1", "--drain-seconds", "0.5") as server,
+        ThreadPoolExecutor() as threads,
+    ):
+        assert len(server.workers()) == 1
+        workers = descendants(server.process.pid)
         busy = threads.submit(server.verify, [HANG], 60)
         time.sleep(0.3)
         if how == "end of stdin":
@@ -125,25 +137,66 @@ def test_no_worker_outlives_the_service(how: str) -> None:
             assert "the service is stopping" in str(busy.exception())
 
 
-def test_a_full_queue_is_refused_with_503(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "MAX_PENDING", 10)
-    hang, good = WorkItem(**HANG), WorkItem(**GOOD)
+def test_requests_at_hand_are_drained_and_new_ones_refused() -> None:
+    with running("--item-seconds", "2", "--workers", "1") as server, ThreadPoolExecutor() as threads:
+        busy = threads.submit(server.verify, [HANG, GOOD], 60)
+        assert eventually(lambda: server.http.get("/readyz").json()["pending"] == 2, within_s=5)
+        server.process.send_signal(signal.SIGTERM)
+        assert eventually(lambda: server.http.get("/readyz").status_code == 503, within_s=1)
+        reply = server.http.post("/v1/verify", json={"items": [GOOD], "deadline_s": 1})
+        assert reply.status_code == 503
+        assert "the service is stopping" in reply.json()["detail"]
+        assert server.http.post("/rm", json={"response": "1", "label": "1"}).status_code == 504
+        assert [result["verdict"] for result in busy.result()] == ["time_limit", "accepted"]
+        assert server.process.wait(5) == 0
+
+
+def test_a_full_queue_is_refused_until_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_module, "MAX_PENDING", 10)
+    hang, good = item(HANG), item(GOOD)
 
     async def scenario() -> None:
-        async with Pool(workers=1, item_cpu_s=60) as pool:
-            waiting = asyncio.create_task(pool.judge([hang] * 10, 1))
+        async with Pool(workers=1, item_cpu_s=60, metrics=Metrics()) as pool:
+            bench = Bench(pool, "there is no isolation", Metrics())
+            waiting = asyncio.create_task(bench.judge([hang] * 10, 1))
             await asyncio.sleep(0.1)
-            with pytest.raises(UnavailableError, match="10 items are waiting and 1 more"):
-                await pool.judge([good], 1)
-            transport = httpx.ASGITransport(create_app(pool))
+            with pytest.raises(FullError, match="10 items are waiting and 1 more"):
+                await bench.judge([good], 1)
+            transport = httpx.ASGITransport(create_app(bench))
             async with httpx.AsyncClient(transport=transport, base_url="http://sandbox") as http:
                 reply = await http.post("/v1/verify", json={"items": [GOOD], "deadline_s": 1})
-            assert reply.status_code == 503
+                busy = await http.post("/rm", json={"response": "1", "label": "1"})
+            assert (reply.status_code, busy.status_code) == (429, 504)
+            assert reply.headers["retry-after"] == busy.headers["retry-after"] == "1"
             assert "retry later" in reply.json()["detail"]
             assert {judgement.verdict for judgement in await waiting} == {"infra_error"}
-            assert [judgement.verdict for judgement in await pool.judge([good], 20)] == ["accepted"]
+            assert [judgement.verdict for judgement in await bench.judge([good], 20)] == ["accepted"]
 
     asyncio.run(scenario())
+
+
+def test_evaluation_waits_for_training() -> None:
+    async def scenario() -> list[str]:
+        order: list[str] = []
+
+        async def judge(bench: Bench, name: str, answer: str, priority: int) -> None:
+            await bench.judge([item(math(rf"\boxed{{{answer}}}", "7"))], 30, priority)
+            order.append(name)
+
+        async with Pool(workers=1, item_cpu_s=0.5, metrics=Metrics()) as pool:
+            bench = Bench(pool, "there is no isolation", Metrics())
+            busy = asyncio.create_task(bench.judge([item(HANG)], 30))
+            await asyncio.sleep(0.1)
+            async with asyncio.TaskGroup() as group:
+                for number in range(3):
+                    group.create_task(judge(bench, "eval", str(number), 1))
+                await asyncio.sleep(0)
+                for number in range(3, 6):
+                    group.create_task(judge(bench, "train", str(number), 0))
+            await busy
+        return order
+
+    assert asyncio.run(scenario()) == ["train"] * 3 + ["eval"] * 3
 
 
 def test_a_broken_pool_ends_the_service_instead_of_leaving_it_mute(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,8 +206,8 @@ def test_a_broken_pool_ends_the_service_instead_of_leaving_it_mute(monkeypatch: 
     monkeypatch.setattr(Pool, "_watch", broken)
 
     async def scenario() -> None:
-        async with Pool(workers=1, item_cpu_s=1) as pool:
-            await pool.judge([WorkItem(**GOOD)], 30)
+        async with Pool(workers=1, item_cpu_s=1, metrics=Metrics()) as pool:
+            await Bench(pool, "there is no isolation", Metrics()).judge([item(GOOD)], 30)
 
     with pytest.raises(ExceptionGroup) as caught:
         asyncio.run(scenario())

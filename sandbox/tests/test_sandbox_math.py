@@ -7,8 +7,8 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rlvr_sandbox.checkers.answers import last_marked
 from rlvr_sandbox.checkers.math_answer import judge
+from rlvr_sandbox.checkers.math_text import marked_answer
 
 
 def verdict(response: str, answer: str) -> str:
@@ -37,7 +37,7 @@ def boxed(answer: str) -> str:
     ],
 )
 def test_the_last_mark_is_the_answer(response: str, found: str | None) -> None:
-    assert last_marked(response) == found
+    assert marked_answer(response) == found
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_unmarked_and_empty_answers(response: str, gold: str, expected: str) -> 
 def test_extraction_is_linear_in_hostile_text() -> None:
     started = time.process_time()
     for text in (r"\boxed{" * 20_000, "<answer>" * 20_000, "{" * 100_000, r"\boxed{}" * 20_000):
-        last_marked(text)
+        marked_answer(text)
     assert time.process_time() - started < 2
 
 

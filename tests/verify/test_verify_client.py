@@ -7,64 +7,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from verify_stub import Reply, accepted, countdown, results, stub
 
 from megatron_rlvr.core import Prompt, RLVRError, Verdict
 from megatron_rlvr.verify import VerifierClient, local_service
 from megatron_rlvr.verify.client import MAX_CHUNK_CHARS, MAX_CHUNK_ITEMS, _chunks
-
-Reply = tuple[int, Any]
-
-
-def countdown(response: str, target: int = 16) -> tuple[Prompt, str]:
-    return Prompt(id="c", text="", kind="countdown", spec={"numbers": [2, 5, 9], "target": target}), response
-
-
-def accepted(count: int) -> Reply:
-    return 200, {"results": [{"verdict": "accepted", "detail": "", "seconds": 0.0}] * count}
-
-
-@contextmanager
-def stub(answer: Callable[[int, dict[str, Any]], Reply]) -> Iterator[str]:
-    """A service that answers request number ``n`` with ``answer(n, body)``; bytes are sent one by one for ever."""
-    requests: list[dict[str, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            requests.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-            status, body = answer(len(requests), requests[-1])
-            self.send_response(status)
-            try:
-                if isinstance(body, bytes):
-                    self.send_header("content-length", "1000000")
-                    self.end_headers()
-                    while True:
-                        self.wfile.write(body)
-                        time.sleep(0.05)
-                content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-            except ConnectionError:
-                pass
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +61,7 @@ def test_kinds_may_be_mixed_and_text_may_be_anything(client: VerifierClient) -> 
 
 @pytest.mark.parametrize(
     ("kind", "spec", "words"),
-    [("code", {}, "does not run code because isolation is not there yet"), ("math", {"answer": 3}, "spec.answer")],
+    [("essay", {}, "nobody judges"), ("code", {"mode": "stdio"}, "tests"), ("math", {"answer": 3}, "spec.answer")],
 )
 def test_a_refusal_is_raised_at_once(client: VerifierClient, kind: str, spec: dict[str, Any], words: str) -> None:
     started = time.monotonic()
@@ -137,8 +90,9 @@ def test_a_service_that_starts_late_is_waited_for() -> None:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                content = json.dumps(accepted(1)[1]).encode()
+                content = json.dumps(accepted(1)[1][0]).encode()
                 self.send_response(200)
+                self.send_header("content-type", "application/x-ndjson")
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
@@ -158,10 +112,8 @@ FAILING: dict[str, Callable[[int, dict[str, Any]], Reply]] = {
     "always broken": lambda number, body: (500, "Internal Server Error"),
     "mute": lambda number, body: (time.sleep(3), (200, ""))[1],
     "trickling": lambda number, body: (200, b" "),
-    "honest": lambda number, body: (
-        200,
-        {"results": [{"verdict": "infra_error", "detail": "no worker", "seconds": 0.0}] * len(body["items"])},
-    ),
+    "honest": lambda number, body: results(*["infra_error"] * len(body["items"]), detail="no worker"),
+    "cut off": lambda number, body: (200, []),
 }
 REASON = {
     "always full": "HTTP 503: the queue is full",
@@ -169,6 +121,7 @@ REASON = {
     "mute": "no reply in time|timed out",
     "trickling": "no reply in time",
     "honest": "no worker",
+    "cut off": "0 verdicts for 3 responses",
 }
 
 
@@ -190,26 +143,29 @@ def test_every_item_is_answered_by_the_deadline(how: str) -> None:
 
 def test_the_tolerated_share_is_inclusive() -> None:
     def answer(number: int, body: dict[str, Any]) -> Reply:
-        results = [{"verdict": "accepted", "detail": "", "seconds": 0.0}] * 3
-        return 200, {"results": [*results, {"verdict": "infra_error", "detail": "worker died", "seconds": 0.0}]}
+        verdicts = ["infra_error" if item["response"] == "?" else "accepted" for item in body["items"]]
+        return results(*verdicts, detail="worker died")
 
+    items = [*[countdown("1")] * 3, countdown("?")]
     with stub(answer) as url:
         with VerifierClient(url, deadline_s=5, max_infra_error_share=0.25) as client:
-            assert client.verify([countdown("1")] * 4) == [Verdict.ACCEPTED] * 3 + [Verdict.INFRA_ERROR]
+            assert client.verify(items) == [Verdict.ACCEPTED] * 3 + [Verdict.INFRA_ERROR]
         client = VerifierClient(url, deadline_s=5, max_infra_error_share=0.2)
         with client, pytest.raises(RLVRError, match=r"1 of 4 responses .* \(worker died\)"):
-            client.verify([countdown("1")] * 4)
+            client.verify(items)
 
 
 @pytest.mark.parametrize(
     "body",
     [
         "<html>hello</html>",
-        [],
-        {"results": 3},
-        {"results": [{"verdict": "accepted"}] * 2},
-        {"results": [{"verdict": "splendid", "detail": "", "seconds": 0}]},
-        {"results": [{"detail": ""}]},
+        {"results": [{"verdict": "accepted"}]},
+        ["<html>hello</html>\n"],
+        [3],
+        [{"index": 1, "verdict": "accepted", "detail": ""}],
+        [{"index": "0", "verdict": "accepted", "detail": ""}],
+        [{"index": 0, "verdict": "splendid", "detail": ""}],
+        [{"index": 0, "detail": ""}],
     ],
     ids=str,
 )
@@ -220,6 +176,30 @@ def test_a_200_reply_is_not_proof(body: Any) -> None:
         pytest.raises(RLVRError, match="is not this version's verifier service"),
     ):
         client.verify([countdown("1")])
+
+
+def test_what_a_broken_stream_brought_is_kept_and_the_rest_sent_again() -> None:
+    sizes: list[int] = []
+
+    def answer(number: int, body: dict[str, Any]) -> Reply:
+        sizes.append(len(body["items"]))
+        return results("accepted", "wrong_answer") if number == 1 else accepted(len(body["items"]))
+
+    with stub(answer) as url, VerifierClient(url, deadline_s=10, max_infra_error_share=0) as client:
+        expected = [Verdict.ACCEPTED, Verdict.WRONG_ANSWER, *[Verdict.ACCEPTED] * 5]
+        assert client.verify([countdown("1")] * 7) == expected
+    assert sizes == [7, 5]
+
+
+def test_a_chunk_of_programs_is_small() -> None:
+    program = Prompt(id="p", text="", kind="code", spec={}), "pass"
+    assert {len(chunk) for chunk in _chunks([program] * 320)} == {32}
+
+
+@pytest.mark.parametrize("url", ["", " ", ","])
+def test_no_address_is_a_sentence(url: str) -> None:
+    with pytest.raises(RLVRError, match="names no service"):
+        VerifierClient(url, deadline_s=1, max_infra_error_share=0)
 
 
 def test_the_service_is_told_an_earlier_deadline() -> None:
@@ -249,7 +229,7 @@ def test_chunks_are_bounded_and_complete(lengths: list[int], repeats: int) -> No
 
     prompt = Prompt(id="", text="", kind="math", spec={})
     items = [(prompt, Text(length)) for length in lengths] + [(prompt, Text(1))] * (repeats * MAX_CHUNK_ITEMS)
-    chunks = list(_chunks(items))
+    chunks = [items[chunk.start : chunk.stop] for chunk in _chunks(items)]
     assert [item for chunk in chunks for item in chunk] == items
     for chunk in chunks:
         assert 1 <= len(chunk) <= MAX_CHUNK_ITEMS

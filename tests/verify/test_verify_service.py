@@ -18,7 +18,7 @@ from megatron_rlvr.core import Prompt, RLVRError, Verdict
 from megatron_rlvr.verify import VerifierClient, local_service, service
 
 COUNTDOWN = Prompt(id="c", text="", kind="countdown", spec={"numbers": [2, 5, 9], "target": 16})
-HANG = Prompt(id="m", text="", kind="math", spec={"answer": "7"}), r"\boxed{9^{9^{9^9}}}"
+HANG = Prompt(id="m", text="", kind="math", spec={"answer": "7"}), r"\boxed{(x+y+z+w)^{399}}"
 
 
 def answers(url: str) -> bool:
@@ -55,7 +55,7 @@ def test_it_answers_and_stops_with_the_block() -> None:
     before = set(descendants(os.getpid()))
     with local_service() as url:
         started = [pid for pid in descendants(os.getpid()) if pid not in before]
-        assert len(started) == 3
+        assert len(started) >= 3
         with VerifierClient(url, deadline_s=20, max_infra_error_share=0) as client:
             assert client.verify([(COUNTDOWN, "2+5+9")]) == [Verdict.ACCEPTED]
     assert not answers(url)
@@ -81,7 +81,7 @@ def test_it_dies_with_a_parent_that_is_killed() -> None:
     url = parent.stdout.readline().strip()
     assert answers(url)
     family = descendants(parent.pid)
-    assert len(family) == 3
+    assert len(family) >= 3
     hang = threading.Thread(target=_verify_quietly, args=(url,))
     hang.start()
     time.sleep(0.3)
@@ -96,16 +96,16 @@ def _verify_quietly(url: str) -> None:
         client.verify([HANG])
 
 
-def test_a_killed_service_becomes_a_sentence_and_no_reward() -> None:
+def test_a_killed_service_becomes_a_sentence_and_its_verdicts_stay() -> None:
     before = set(descendants(os.getpid()))
     with local_service() as url:
         started = [pid for pid in descendants(os.getpid()) if pid not in before]
-        leader = min(started, key=lambda pid: os.getpgid(pid) != pid)
-        killer = threading.Timer(0.5, os.kill, (leader, signal.SIGKILL))
+        # The service comes before its own children.
+        killer = threading.Timer(0.5, os.kill, (started[0], signal.SIGKILL))
         killer.start()
         items = [(COUNTDOWN, "2+5+9"), HANG]
-        client = VerifierClient(url, deadline_s=1, max_infra_error_share=0.5)
-        with client, pytest.raises(RLVRError, match=f"service at {url} left 2 of 2 responses without a verdict"):
+        client = VerifierClient(url, deadline_s=1, max_infra_error_share=0.4)
+        with client, pytest.raises(RLVRError, match=f"service at {url} left 1 of 2 responses without a verdict"):
             client.verify(items)
         with VerifierClient(url, deadline_s=0.5, max_infra_error_share=1.0) as client:
             assert client.verify(items) == [Verdict.INFRA_ERROR] * 2

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 _OPEN_TAG, _CLOSE_TAG = "<answer>", "</answer>"
 _BRACE = re.compile(r"(?P<boxed>\\f?boxed\s*\{)|\\[{}]|[{}]")
+
+
+class Span(NamedTuple):
+    r"""One ``\boxed{…}``: where the command starts, and where its content starts and stops."""
+
+    mark: int
+    start: int
+    stop: int
 
 
 def last_tagged(response: str) -> tuple[int, str] | None:
@@ -16,21 +25,16 @@ def last_tagged(response: str) -> tuple[int, str] | None:
     return start, response[start + len(_OPEN_TAG) :].partition(_CLOSE_TAG)[0].strip()
 
 
-def last_boxed(response: str) -> tuple[int, str] | None:
-    r"""The last ``\boxed{…}`` with balanced braces: where it starts and what it holds, stripped; None without one."""
-    last: tuple[int, str] | None = None
+def boxed_spans(response: str) -> list[Span]:
+    r"""Every ``\boxed{…}`` with balanced braces that holds no other one, in order."""
+    spans: list[Span] = []
     opened: list[re.Match[str]] = []
     for brace in _BRACE.finditer(response):
         if brace["boxed"] or brace.group() == "{":
             opened.append(brace)
         elif brace.group() == "}" and opened:
             opening = opened.pop()
-            if opening["boxed"] and (last is None or opening.start() > last[0]):
-                last = opening.start(), response[opening.end() : brace.start()].strip()
-    return last
-
-
-def last_marked(response: str) -> str | None:
-    r"""The last answer the response marks, by ``\boxed{…}`` or ``<answer>…</answer>``; None when it marks none."""
-    marks = [mark for mark in (last_boxed(response), last_tagged(response)) if mark is not None]
-    return max(marks)[1] if marks else None
+            # A box closes after the boxes inside it, so a later start means that none is inside.
+            if opening["boxed"] and (not spans or opening.start() > spans[-1].mark):
+                spans.append(Span(opening.start(), opening.end(), brace.start()))
+    return spans

@@ -1,108 +1,229 @@
-"""Mathematical answers: string equality where it suffices, math-verify (Kydlíček, 2024) for the rest.
+r"""Mathematical answers, judged by a cascade from cheap and exact to expensive.
 
-math-verify's own timeouts are SIGALRM handlers, which cannot stop C code and disturb the process they run in. They are
-off here: whoever calls this module must be able to kill the process.
+Stages, each named in what ``judge_math`` returns so that it can be counted:
+
+``extract``   no answer: nothing in the response is marked ``\boxed{…}``, ``<answer>…</answer>`` or ``final answer is
+              …``, stated after ``####`` or ``answer is``, or found by math-verify. The last mark counts; boxes that
+              directly follow one another, ``\boxed{1} and \boxed{2}``, are one answer that lists both.
+``limits``    refused in words: above 4,096 characters, 50 brackets deep, numbers of more than 1,000 digits.
+``text``      the same text but for typography; also every reference that is a word or a choice letter.
+``exact``     both sides are read exactly (``math_reading``): numbers as rationals, percentages, units, ± pairs, lists,
+              tuples, sets, intervals, inequalities. Microseconds, no sympy, right in both directions.
+``hedge``     the answer names several values where the reference is one.
+``symbolic``  computer algebra (``math_symbolic``), after estimates of towers, factorials and the like.
+
+Policy, per item, with the defaults first:
+
+* numbers are equal when they are the same rational or real number: 3.14159265 is not π, 0.333 is not 1/3.
+  ``tolerance: 1e-4`` accepts what is relatively closer.
+* ``percent: "gold"``: ``50%`` is 1/2; where the reference has the sign, a bare 50 is right as well. So ``50%`` is wrong
+  for 50. ``"value"``: a bare 50 is wrong for ``50%``. ``"ignore"``: the sign counts for nothing.
+* ``units: "gold"``: metric and imperial lengths, masses, times, volumes, money and degrees count where both sides have
+  one: 5 km is wrong for 5 cm, 50 mm is right. Other nouns do not count. ``"strict"``: the same unit or noun, or
+  none, on both sides. ``"ignore"``: units count for nothing.
+* ``ordered: null``: ``(1,2)`` is ordered, ``\{1,2\}`` is a set and not equal to it; a bare ``1, 2`` is in any order,
+  but in order beside ordered brackets. Assignments ``x=1, y=2`` go by name. ``true``: order matters everywhere.
+  ``false``: nowhere, and kinds of brackets make no difference. ``(1,2)`` is also the open interval, equal to ``1<x<2``.
+* ``chain: "all"``: a leading name is dropped, ``x = 5``; of ``4+1 = 5`` every side must be right, so ``4 = 5`` is
+  wrong. What follows ``\approx`` does not count. ``"last"``: the last side alone counts.
+* ``decimal_comma: false``: ``1,5`` lists two numbers. ``true``: it may also be 1.5.
+* ``evaluated: false``: arithmetic counts by its value, ``9+1`` is 10. ``true``: a reference that is a written number
+  needs one. Sums, products, integrals and limits that are left to do are always wrong unless the reference has one too.
+* a numeral with a base, ``10_2``, equals the same numeral only.
+* ``reading: "math_verify"``: the cascade is off and math-verify's verdict on the whole texts counts; of the rest
+  only ``tolerance`` (its rounding) and ``ordered: false`` (its ``strict=False``) do something.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
+import enum
+import hashlib
+import json
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-from math_verify import parse, verify  # type: ignore[import-untyped]
-
-from rlvr_sandbox.checkers.answers import last_marked
+from rlvr_sandbox.checkers import math_symbolic
+from rlvr_sandbox.checkers.math_limits import too_hard, too_large
+from rlvr_sandbox.checkers.math_reading import read
+from rlvr_sandbox.checkers.math_scalars import unit_behind
+from rlvr_sandbox.checkers.math_split import elements, equated, is_name, is_wrapped, sides
+from rlvr_sandbox.checkers.math_text import (
+    MAX_STATEMENT_CHARS,
+    marked_answer,
+    plain,
+    stated_answer,
+    unify,
+    whole_answer,
+)
+from rlvr_sandbox.checkers.math_values import Policy, Quantity, same
 from rlvr_sandbox.verdicts import Judgement, Verdict
 
-MAX_ANSWER_CHARS = 2_000
-UNMARKED_TAIL_CHARS = 2_000
+MAX_CACHED = 16_384
+MAX_RAW_ANSWER_CHARS = 8_192
 
-_NOISE = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;:]|\$")
-_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
-_WORDS = re.compile(r"[a-z]{3,}|[a-z]+( [a-z]+)+", re.IGNORECASE)
+_WORDS = re.compile(r"[a-z]{3,}|[a-z]+(?:[ -][a-z]+)+", re.IGNORECASE)
+_CHOICE = re.compile(r"\(?([A-Z])\)?[.):]?")
 _SPRAY = re.compile(
     r"[,;|&\u2228\u2227\u00b1\u2261]|\\\\|\b(?:or|and)\b|(?<=\d)\s+(?=\d)"
-    r"|\\(?:lor|land|vee|wedge|pm|mp|cup|q?quad|equiv)(?![a-z])",
+    r"|\\(?:lor|land|vee|wedge|pm|mp|cup|equiv)(?![a-z])",
     re.IGNORECASE,
 )
-_NAME = re.compile(r"\\?[A-Za-z]+'?(_\{?\w+\}?)?(\([^()]*\))?")
-
-# parse warns about its missing timeout and logs every failed parse; neither is news here.
-logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+_GROUPS = re.compile(r"(?<=\d)[, ](?=\d{3}(?!\d))")
 
 
-def _normalise(text: str) -> str:
-    """One spelling for answers that differ in typography only."""
-    text = _NOISE.sub("", text.replace("{,}", ",").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"))
-    text = re.sub(r"\s+", " ", _TEXT.sub(r" \1 ", text)).strip().removesuffix(".")
-    text = re.sub(r"(?<!\w) | (?!\w)", "", text)
-    return text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
+class Stage(enum.StrEnum):
+    """Where in the cascade an item was decided."""
+
+    EXTRACT = "extract"
+    LIMITS = "limits"
+    TEXT = "text"
+    EXACT = "exact"
+    HEDGE = "hedge"
+    SYMBOLIC = "symbolic"
 
 
-def _lists(text: str) -> bool:
-    return _SPRAY.search(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)) is not None
+Decision = tuple[Judgement, Stage]
+
+_cache: OrderedDict[bytes, Decision] = OrderedDict()
 
 
-def _names_several(answer: str, gold: str) -> bool:
-    """Whether ``answer`` hedges where ``gold`` commits: it lists values, or chains more equations."""
-    if "=" in gold and answer.count("=") > gold.count("="):
-        return True
-    return _lists(answer) and not _lists(gold)
+def _decided(accepted: bool, stage: Stage, detail: str = "") -> Decision:
+    return Judgement(Verdict.ACCEPTED if accepted else Verdict.WRONG_ANSWER, detail), stage
 
 
-def _sides(answer: str) -> list[str]:
-    """The sides of an equation chain without a leading name: ``x = 4 + 1 = 5`` claims both ``4 + 1`` and ``5``."""
-    sides = [side.strip() for side in answer.split("=")]
-    return sides[1:] if len(sides) > 1 and _NAME.fullmatch(sides[0]) else sides
+def _is_listing(text: str) -> bool:
+    return _SPRAY.search(_GROUPS.sub("", text)) is not None
 
 
-@functools.lru_cache(maxsize=1024)
-def _parsed(text: str) -> list[Any]:
-    parsed: list[Any] = parse(f"\\boxed{{{text}}}", parsing_timeout=None)
-    return parsed
-
-
-@functools.lru_cache(maxsize=4096)
-def _judge_answer(answer: str, gold: str) -> Judgement:
-    """Judge an extracted answer; cached, since the samples of one prompt repeat one another."""
-    plain, plain_gold = _normalise(answer), _normalise(gold)
-    if not plain:
-        return Judgement(Verdict.NO_ANSWER, "the answer is empty")
-    if plain == plain_gold:
-        return Judgement(Verdict.ACCEPTED)
-    if _WORDS.fullmatch(plain_gold):
+def _by_text(answer: str, gold: str) -> Decision | None:
+    """Decide by comparing texts; ``None`` where different texts may still be the same answer."""
+    answer, gold = plain(answer), plain(gold)
+    if answer == gold:
+        return _decided(True, Stage.TEXT)
+    choices = _CHOICE.fullmatch(answer), _CHOICE.fullmatch(gold)
+    if choices[0] and choices[1]:
+        return _decided(choices[0][1] == choices[1][1], Stage.TEXT)
+    if _WORDS.fullmatch(gold):
         # math-verify reads a word as the product of its letters, which would accept anagrams.
-        same = plain.casefold() == plain_gold.casefold()
-        return Judgement(Verdict.ACCEPTED if same else Verdict.WRONG_ANSWER)
-    if _names_several(plain, plain_gold):
-        return Judgement(Verdict.WRONG_ANSWER, "the answer names several values")
-    # math-verify compares one side of a chain only, which would accept 1 = 2 = 5 for 5.
-    sides = [answer] if "=" in gold or _lists(plain_gold) else _sides(answer.strip().removesuffix("."))
-    equal = all(verify(_parsed(gold), _parsed(side), timeout_seconds=None) for side in sides)
-    return Judgement(Verdict.ACCEPTED if equal else Verdict.WRONG_ANSWER)
+        return _decided(answer.casefold() == gold.casefold(), Stage.TEXT)
+    return None
+
+
+def _exactly(answers: list[str], gold: str, policy: Policy) -> Decision | None:
+    """Decide by exact values; ``None`` where one side is not read."""
+    reference = read(gold, decimal_comma=policy.decimal_comma)
+    if not reference:
+        return None
+    claims = [read(answer, decimal_comma=policy.decimal_comma) for answer in answers]
+    if not all(claims):
+        literal = isinstance(reference[0], Quantity) and reference[0].literal
+        return _decided(False, Stage.EXACT, "not written as a number") if policy.evaluated and literal else None
+    # Of a chain the last side must be written out; the sides before it show the work.
+    work = policy.with_work()
+    right = all(same(reference, claim, work) for claim in claims[:-1]) and same(reference, claims[-1], policy)
+    return _decided(right, Stage.EXACT)
+
+
+def _symbolically(answer: str, gold: str, policy: Policy) -> Decision:
+    """Decide by computer algebra."""
+    if reason := too_hard(answer, gold):
+        return _decided(False, Stage.LIMITS, f"the answer {reason}")
+    brackets = {text[-1] for text in (answer, gold) if is_wrapped(text) and len(elements(text.strip("\\{}()[]"))) > 1}
+    if policy.ordered is None and {")", "}"} <= brackets:
+        return _decided(False, Stage.SYMBOLIC, "an ordered tuple is not a set")
+    units = unit_behind(answer), unit_behind(gold)
+    if policy.units != "ignore" and all(units) and units[0] != units[1]:
+        return _decided(False, Stage.SYMBOLIC, "another unit")
+    return _decided(math_symbolic.equal(gold, answer, policy), Stage.SYMBOLIC)
+
+
+def _decide(answer: str, gold: str, policy: Policy) -> Decision:
+    """Run the cascade on an extracted answer and reference."""
+    answer, gold = unify(answer), unify(gold)
+    if not plain(answer):
+        return Judgement(Verdict.NO_ANSWER, "the answer is empty"), Stage.EXTRACT
+    if reason := too_large(answer):
+        return _decided(False, Stage.LIMITS, f"the answer {reason}")
+    if decision := _by_text(answer, gold):
+        return decision
+    equation = len(equated(gold)) > 1 and not is_name(equated(gold)[0])
+    claims = sides(answer)[-1:] if policy.chain == "last" else sides(answer)
+    value = gold if equation else sides(gold)[-1]
+    if not equation and (decision := _exactly(claims, value, policy)):
+        return decision
+    if _is_listing(plain(answer)) and not _is_listing(plain(gold)):
+        return _decided(False, Stage.HEDGE, "the answer names several values")
+    if "=" in gold and answer.count("=") > gold.count("=") and policy.chain == "all":
+        return _decided(False, Stage.HEDGE, "the answer chains more equations than the reference")
+    if "=" in gold and "=" in answer and not _is_listing(plain(gold)):
+        whole = _symbolically(answer, gold, policy)
+        if whole[0].verdict is Verdict.ACCEPTED or equation:
+            return whole
+    decisions = [
+        _symbolically(claim, gold if equation else value, policy) for claim in ([answer] if equation else claims)
+    ]
+    return next((one for one in decisions if one[0].verdict is not Verdict.ACCEPTED), decisions[-1])
+
+
+def _answer_of(response: str) -> str | None:
+    for answer in (marked_answer(response), whole_answer(response)):
+        if answer is not None:
+            return answer
+    for found in (response if len(response) <= MAX_STATEMENT_CHARS else None, stated_answer(response)):
+        if found is not None and read(unify(found)):
+            return found
+    return math_symbolic.extract(response)
+
+
+def _gold_of(gold: str) -> str:
+    """The reference without its surroundings: a solution text is reduced to the answer that it marks."""
+    marked = marked_answer(gold)
+    return gold if marked is None else marked
+
+
+def _judged(response: str, spec: Mapping[str, Any]) -> Decision:
+    policy, gold = Policy.of(spec), spec["answer"]
+    if policy.reading == "math_verify":
+        if "\\" in gold and "$" not in gold and r"\boxed" not in gold:
+            gold = f"\\boxed{{{gold}}}"
+        accepted = math_symbolic.equal_as_read_by_math_verify(gold, response[-MAX_RAW_ANSWER_CHARS:], policy)
+        return _decided(accepted, Stage.SYMBOLIC)
+    answer = _answer_of(response)
+    if answer is None:
+        return Judgement(Verdict.NO_ANSWER, "no answer found"), Stage.EXTRACT
+    if len(answer) > MAX_RAW_ANSWER_CHARS:
+        return _decided(
+            False, Stage.LIMITS, f"the answer has {len(answer)} characters, more than {MAX_RAW_ANSWER_CHARS}"
+        )
+    key = hashlib.blake2b(json.dumps([answer, dict(spec)], sort_keys=True).encode(), digest_size=16).digest()
+    if key in _cache:
+        _cache.move_to_end(key)
+        return _cache[key]
+    decision = _cache[key] = _decide(answer, _gold_of(gold), policy)
+    if len(_cache) > MAX_CACHED:
+        _cache.popitem(last=False)
+    return decision
+
+
+def judge_math(response: str, spec: Mapping[str, Any]) -> Decision:
+    """Judge one response and say which stage decided it. May run for ever on hostile answers.
+
+    Args:
+        response: The whole response.
+        spec: The fields of ``MathSpec``; all but ``answer`` may be left out.
+
+    Returns:
+        ``no_answer``, ``wrong_answer``, ``accepted``, or ``memory_limit``, with the stage.
+    """
+    try:
+        return _judged(response, spec)
+    except MemoryError:
+        return Judgement(Verdict.MEMORY_LIMIT, "computer algebra ran out of memory"), Stage.SYMBOLIC
 
 
 def judge(response: str, spec: Mapping[str, Any]) -> Judgement:
-    r"""Judge one response. May run for ever or exhaust memory on hostile answers.
-
-    Args:
-        response: Text whose last ``\boxed{…}`` or ``<answer>…</answer>`` is its answer; without one, what math-verify
-            finds in the last 2,000 characters is.
-        spec: ``answer``, the reference answer as text or LaTeX.
-
-    Returns:
-        ``no_answer`` when no answer is found, else ``wrong_answer`` or ``accepted``.
-    """
-    answer = last_marked(response)
-    if answer is None:
-        found = [part for part in parse(response[-UNMARKED_TAIL_CHARS:], parsing_timeout=None) if isinstance(part, str)]
-        answer = found[-1] if found else None
-    if answer is None:
-        return Judgement(Verdict.NO_ANSWER, "no answer found")
-    if len(answer) > MAX_ANSWER_CHARS:
-        return Judgement(Verdict.WRONG_ANSWER, f"the answer has {len(answer)} characters, more than {MAX_ANSWER_CHARS}")
-    return _judge_answer(answer, spec["answer"])
+    """``judge_math`` as the service calls it: the stage is among the flags, as ``stage:exact``."""
+    judgement, stage = judge_math(response, spec)
+    return judgement._replace(flags=(f"stage:{stage}",))
