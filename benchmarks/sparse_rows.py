@@ -229,7 +229,7 @@ Rows keep the target and the K largest logits of dz wherever the dropped norm, k
 sampled, a third of the rows qualifies at K = 8, ε = 1e-3, for a gain of 1.0 to 1.2 over the dense sweep (several runs).
 A gain of 1.6 needs states sharpened to temperature 0.5 (mean entropy 0.6 nats), where three quarters qualify. But:
 
-- The certificate is about dz. Dropped tails pull the same way, so dX is off by 1.3 to 8 ε: as sampled, at ε = 1e-3, by
+- The certificate is about dz. Dropped tails pull the same way, so dX is off by up to 8 ε: as sampled, at ε = 1e-3, by
   more than the rounding of dz to bf16 costs. Giving back the mean tail repairs a part.
 - What is dropped is all that rare tokens get: where three quarters of the rows are sparse, a quarter to a third of the
   rows of dW is off by more than 10 % (none is by bf16 rounding), and Adam scales small gradients up to full steps.

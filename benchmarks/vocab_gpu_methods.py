@@ -137,14 +137,14 @@ def materialised() -> Method:
 
 def verl(directory: Path) -> list[Method]:
     """The Triton head of verl."""
-    vocab_peers._stub(
+    vocab_peers.stub_module(
         "verl.utils.device",
         is_cuda_available=True,
         get_device_capability=torch.cuda.get_device_capability,
         get_device_name=lambda: "cuda",
         get_torch_device=lambda: torch.cuda,
     )
-    head = vocab_peers._import(directory, "verl.utils.kernel.linear_cross_entropy").LinearCrossEntropy
+    head = vocab_peers.import_module_file(directory, "verl.utils.kernel.linear_cross_entropy").LinearCrossEntropy
 
     def both(problem: Problem) -> Any:
         return problem.backward(problem.loss(*head.apply(problem.hidden, problem.weight, problem.targets)).sum())
@@ -158,8 +158,8 @@ def verl(directory: Path) -> list[Method]:
 
 def liger(directory: Path) -> list[Method]:
     """Liger's cross entropy (no entropy, one weight for all tokens), its torch head, and its Hopper kernel."""
-    linear = vocab_peers._import(directory, "liger_kernel.ops.fused_linear_cross_entropy")
-    scaled = vocab_peers._import(directory, "liger_kernel.ops.fused_linear_scaled_cross_entropy")
+    linear = vocab_peers.import_module_file(directory, "liger_kernel.ops.fused_linear_cross_entropy")
+    scaled = vocab_peers.import_module_file(directory, "liger_kernel.ops.fused_linear_scaled_cross_entropy")
 
     def cross_entropy(problem: Problem) -> Any:
         loss = linear.LigerFusedLinearCrossEntropyFunction.apply(problem.hidden, problem.weight, problem.targets)

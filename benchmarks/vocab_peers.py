@@ -37,8 +37,8 @@ NOT_RUN = {
 
 def verl(directory: Path) -> list[Method]:
     """The Megatron path of verl (entropy, and cross entropy of a copy, as its engine does) and its FSDP head."""
-    sharded = _import(directory, "verl.utils.megatron.tensor_parallel")
-    head = _import(directory, "verl.utils.experimental.torch_functional")
+    sharded = import_module_file(directory, "verl.utils.megatron.tensor_parallel")
+    head = import_module_file(directory, "verl.utils.experimental.torch_functional")
 
     def both(inputs: Tensors, targets: torch.Tensor, _: Any) -> Outputs:
         copy = inputs[0].clone()
@@ -57,8 +57,8 @@ def verl(directory: Path) -> list[Method]:
 
 def areal(directory: Path) -> list[Method]:
     """AReaL's chunked log-probs and entropy."""
-    _stub("areal.infra.platforms", is_npu_available=False)
-    module = _import(directory, "areal.utils.functional.vocab_parallel")
+    stub_module("areal.infra.platforms", is_npu_available=False)
+    module = import_module_file(directory, "areal.utils.functional.vocab_parallel")
 
     def both(inputs: Tensors, targets: torch.Tensor, group: Any) -> Outputs:
         logprob, entropy = module.gather_logprobs_entropy(inputs[0], targets, tp_group=group)
@@ -69,7 +69,7 @@ def areal(directory: Path) -> list[Method]:
 
 def skyrl(directory: Path) -> list[Method]:
     """SkyRL: NeMo-RL's log-probs and verl's entropy from logits, and log-probs alone from hidden states."""
-    module = _import(directory, "skyrl.backends.skyrl_train.distributed.megatron.model_utils")
+    module = import_module_file(directory, "skyrl.backends.skyrl_train.distributed.megatron.model_utils")
     chunk = 1024  # its `logprobs_chunk_size`
 
     def bounds(width: int, group: Any) -> tuple[int, int]:
@@ -98,8 +98,8 @@ def trl(directory: Path) -> list[Method]:
     """TRL's functions of logits, taken out of a module that imports half of Hugging Face, and its chunked head."""
     names = ("selective_log_softmax", "entropy_from_logits")
     functions = _functions(directory / "trl" / "trainer" / "utils.py", names, is_triton_available=lambda: False)
-    _stub("trl.trainer.utils", maybe_gather_lm_head_ctx=lambda *_: contextlib.nullcontext())
-    module = _import(directory, "trl.kernels.chunked_logprob")
+    stub_module("trl.trainer.utils", maybe_gather_lm_head_ctx=lambda *_: contextlib.nullcontext())
+    module = import_module_file(directory, "trl.kernels.chunked_logprob")
 
     def both(inputs: Tensors, targets: torch.Tensor, _: Any) -> Outputs:
         return functions["selective_log_softmax"](inputs[0], targets), functions["entropy_from_logits"](inputs[0])
@@ -116,7 +116,7 @@ def trl(directory: Path) -> list[Method]:
 
 def liger(directory: Path) -> list[Method]:
     """Liger's torch fallbacks, which run wherever its Hopper kernels do not."""
-    module = _import(directory, "liger_kernel.ops.fused_linear_scaled_cross_entropy")
+    module = import_module_file(directory, "liger_kernel.ops.fused_linear_scaled_cross_entropy")
 
     def whole(inputs: Tensors, targets: torch.Tensor, _: Any) -> Outputs:
         nll, entropy = module.LigerFusedLinearScaledCrossEntropyFunction.apply(*inputs, targets, return_entropy=True)
@@ -132,7 +132,7 @@ def liger(directory: Path) -> list[Method]:
 
 def cce(directory: Path) -> list[Method]:
     """Apple's cut cross-entropy in its torch.compile form, the only one without CUDA."""
-    module = _import(directory, "cut_cross_entropy.torch_compile")
+    module = import_module_file(directory, "cut_cross_entropy.torch_compile")
 
     def whole(inputs: Tensors, targets: torch.Tensor, _: Any) -> Outputs:
         return -module.torch_compile_linear_cross_entropy(*inputs, targets, reduction="none"), None
@@ -159,16 +159,16 @@ def load(directory: Path | None) -> tuple[list[Method], dict[str, str]]:
     return methods, missing
 
 
-def _import(directory: Path, name: str) -> Any:
+def import_module_file(directory: Path, name: str) -> Any:
     """Import one module of a package without running the package's own ``__init__`` files."""
     parents = name.split(".")[:-1]
     for depth in range(1, len(parents) + 1):
-        package = _stub(".".join(parents[:depth]))
+        package = stub_module(".".join(parents[:depth]))
         package.__path__ = [str(directory.joinpath(*parents[:depth]))]
     return importlib.import_module(name)
 
 
-def _stub(name: str, **attributes: Any) -> types.ModuleType:
+def stub_module(name: str, **attributes: Any) -> types.ModuleType:
     module = sys.modules.setdefault(name, types.ModuleType(name))
     vars(module).update(attributes)
     return module

@@ -155,7 +155,8 @@ def test_the_configuration_is_frozen():
 
 
 def test_the_examples_are_valid():
-    examples = list((Path(__file__).parent.parent / "examples").rglob("*.yaml"))
+    folder = Path(__file__).parent.parent / "examples"
+    examples = [path for path in folder.rglob("*.yaml") if folder / "sandbox" not in path.parents]
     assert examples
     for path in examples:
         assert isinstance(load_config(path), Config)

@@ -23,7 +23,7 @@ from megatron_rlvr.vocab.shards import Placement, over_ranks, place
 from megatron_rlvr.vocab.state import BASE, EXTENDED, TokenExtras, TokenStats, Totals, finish, totals
 from megatron_rlvr.vocab.torch_rows import TorchRows
 
-_BLOCK_BYTES = 8 * 2**20
+_BLOCK_BYTES = 2 * 2**20
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 

@@ -117,7 +117,7 @@ def _say(chosen: str, reason: str) -> None:
 def chunk_size(rows: int, width: int, device: torch.device) -> int:
     """Rows of a chunk: enough to feed the GEMM, few enough for the buffers to stay small beside the logits."""
     if device.type == "cpu":
-        fitting = min(max(_CPU_CHUNK_BYTES // (8 * max(width, 1)), 128), 1024)
+        fitting = min(max(_CPU_CHUNK_BYTES // (8 * max(width, 1)), 128), 256)
     else:
         fitting = min(max(_CUDA_CHUNK_BYTES // (4 * max(width, 1)) // 256 * 256, 1024), 8192)
     return min(fitting, max(rows, 1))
