@@ -169,6 +169,7 @@ def import_module_file(directory: Path, name: str) -> Any:
 
 
 def stub_module(name: str, **attributes: Any) -> types.ModuleType:
+    """A module of that name without content but ``attributes``, so that imports of it succeed."""
     module = sys.modules.setdefault(name, types.ModuleType(name))
     vars(module).update(attributes)
     return module

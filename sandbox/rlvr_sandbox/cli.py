@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
     serve.add_argument("--port", type=int, default=0, help="port to listen on; 0 picks a free one")
     serve.add_argument("--workers", type=int, default=min(2, cores), help="processes that check answers")
-    serve.add_argument("--item-seconds", type=float, default=3.0, help="CPU seconds that checking an answer may take")
+    serve.add_argument("--item-seconds", type=float, default=2.5, help="CPU seconds that checking an answer may take")
     serve.add_argument("--backend", choices=BACKENDS, default="auto", help="isolation that programs run under")
     serve.add_argument("--slots", type=int, default=cores, help="programs that run at once")
     serve.add_argument("--numpy", action="store_true", help="keep numpy loaded for programs that import it")
