@@ -17,7 +17,8 @@ from rlvr_sandbox.process import WorkerProcess, WorkItem
 from rlvr_sandbox.verdicts import Judgement, SandboxError, Verdict
 
 MAX_CHUNK = 64
-MAX_FAULTS = 2
+# A worker that is lost before it has begun says less about the item than one that is lost later.
+FAULT, LOSS, MAX_FAULTS = 2, 1, 4
 TICK_S = 0.1
 RESPAWN_DELAY_S = 1.0
 
@@ -152,9 +153,9 @@ class Pool:
             detail = f"more than {self._item_cpu_s:g} s of CPU time"
             batch.settle(todo.popleft(), Judgement(Verdict.TIME_LIMIT, detail, self._item_cpu_s))
         elif outcome is _Outcome.FAULT:
-            batch.faults[todo[0]] += 1
-            if batch.faults[todo[0]] == MAX_FAULTS:
-                detail = f"{MAX_FAULTS} workers died or hung without using CPU time on this item"
+            batch.faults[todo[0]] += FAULT if worker.begun else LOSS
+            if batch.faults[todo[0]] >= MAX_FAULTS:
+                detail = "2 workers died or hung without using CPU time on this item"
                 batch.settle(todo.popleft(), Judgement(Verdict.INFRA_ERROR, detail))
         return bool(todo)
 

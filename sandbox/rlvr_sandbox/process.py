@@ -33,7 +33,11 @@ class Clock(NamedTuple):
 
 
 class WorkerProcess:
-    """A running worker: send it a chunk, collect its judgements, read its CPU clock, kill it."""
+    """A running worker: send it a chunk, collect its judgements, read its CPU clock, kill it.
+
+    Attributes:
+        begun: Whether it is known to have begun with the chunk that it was sent last.
+    """
 
     def __init__(self, process: Process) -> None:
         """Wrap a started ``process`` that has pipes for stdin and stdout."""
@@ -43,6 +47,7 @@ class WorkerProcess:
         self._stdin, self._stdout = process.stdin, process.stdout
         self._tail = b""
         self._ended = False
+        self.begun = False
 
     @classmethod
     async def spawn(cls) -> WorkerProcess:
@@ -76,13 +81,16 @@ class WorkerProcess:
 
     def send(self, items: Sequence[WorkItem]) -> None:
         """Hand over a chunk; a worker that died meanwhile shows by ``ended`` after the next ``judgements``."""
+        self.begun = False
         self._stdin.write(json.dumps(items).encode() + b"\n")
 
     async def judgements(self, timeout_s: float) -> list[Judgement]:
         """The judgements that arrived since the last call, in order; waits ``timeout_s`` for the first."""
+        lines = await self._lines(timeout_s)
+        self.begun = self.begun or READY in lines
         return [
             Judgement(Verdict(verdict), detail, seconds, Trust(trust), tuple(flags))
-            for verdict, detail, seconds, trust, flags in map(json.loads, await self._lines(timeout_s))
+            for verdict, detail, seconds, trust, flags in map(json.loads, (line for line in lines if line != READY))
         ]
 
     async def _lines(self, timeout_s: float) -> list[bytes]:

@@ -1,5 +1,7 @@
 """One worker process: reads chunks of items from stdin, judges them in order, writes one line for each to stdout.
 
+Before the first item of a chunk it says that it has begun, so that a death before that is not blamed on the item.
+
 It needs no timeouts of its own: the pool watches its CPU clock and kills it. It dies with the service even while it is
 stuck in C code, because the kernel is asked to kill it when its parent dies. Checkers run libraries on hostile text, so
 where the kernel has landlock a worker can read files and nothing else: no writing, no programs, no TCP, no signals.
@@ -72,6 +74,7 @@ def main() -> None:
     _judge("math", r"\boxed{\frac{1}{2}}", {"answer": "0.5"})
     os.write(results, READY + b"\n")
     for chunk in sys.stdin.buffer:
+        os.write(results, READY + b"\n")
         for kind, response, spec in json.loads(chunk):
             started = time.perf_counter()
             judgement = _judge(kind, response, spec)

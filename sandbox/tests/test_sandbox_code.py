@@ -129,7 +129,7 @@ def test_bad_specifications_are_refused_in_one_sentence(server: Server) -> None:
 def test_the_deadline_is_kept_and_frees_the_slots(server: Server) -> None:
     started = time.monotonic()
     results = server.verify([program(f"import time\ntime.sleep(60)  # {n}", "", "1") for n in range(8)], deadline_s=1)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 3
     assert {result["verdict"] for result in results} == {"infra_error"}
     started = time.monotonic()
     assert server.verdicts([program("print(1)", "", "1")] * 4) == ["accepted"] * 4

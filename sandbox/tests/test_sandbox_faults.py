@@ -85,6 +85,7 @@ def test_an_idle_worker_that_dies_is_not_missed(brief: Server) -> None:
 
 
 def test_an_item_that_two_workers_die_on_has_no_verdict(patient: Server) -> None:
+    patient.verify([GOOD, WRONG])  # known from now on, so that the item that hangs is the only one to be shot at
     with ThreadPoolExecutor() as threads:
         reply = threads.submit(patient.verify, [GOOD] * 20 + [HANG] + [WRONG] * 20)
         kill_busy_workers(patient, 20, until=reply)
@@ -107,7 +108,7 @@ def test_an_item_gets_a_second_worker(brief: Server) -> None:
 def test_the_deadline_is_kept_and_frees_the_workers(patient: Server) -> None:
     started = time.monotonic()
     results = patient.verify([HANG, HANG, HANG, HANG, GOOD], deadline_s=1)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 3
     assert [result["verdict"] for result in results[:4]] == ["infra_error"] * 4
     assert results[0]["detail"] == "not judged within the deadline of 1 s"
     assert patient.verdicts([GOOD, WRONG], deadline_s=10) == ["accepted", "wrong_answer"]

@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import NoReturn, Protocol
 
+from rlvr_sandbox.isolation import cgroups
 from rlvr_sandbox.isolation.messages import Order
 
 STARTED = b"started"
@@ -60,13 +61,14 @@ def live(
 
     Args:
         order: What to run.
-        descriptors: Payload, stdin, stdout, stderr and for a guest the channel.
+        descriptors: As ``Order`` lists them.
         ready: Where to write ``STARTED`` once the walls stand, or what kept them from standing.
         walls: The backend's walls.
         guests: The guests' entry points by name.
         path: Where the program may import from, besides its own directory.
     """
     try:
+        cgroups.join(descriptors[order.plumbing : -1])
         # Without a session of its own it could signal its zygote by process group.
         os.setsid()
         source = _settle(order, descriptors, ready, walls)

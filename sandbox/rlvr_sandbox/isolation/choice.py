@@ -9,8 +9,9 @@ import tempfile
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from rlvr_sandbox.isolation import bubblewrap, rootfs, workdir
+from rlvr_sandbox.isolation import bubblewrap, cgroups, rootfs, workdir
 from rlvr_sandbox.isolation.executor import SlotExecutor
+from rlvr_sandbox.isolation.hierarchies import Places
 from rlvr_sandbox.isolation.selftest import prove
 from rlvr_sandbox.isolation.slot import Slot
 from rlvr_sandbox.verdicts import SandboxError
@@ -23,7 +24,6 @@ MENDS = {
     "landlock": "use a kernel from 6.2 on with landlock among its security modules",
     "bwrap": "install bubblewrap where user namespaces are permitted",
 }
-_PREFIX = "rlvr-sandbox-"
 _IN_MEMORY = "/dev/shm"
 _ROOM_BYTES = 1 << 30
 WARM = [
@@ -100,15 +100,35 @@ async def choose(backend: str, *, slots: int, unsafe: bool, numpy: bool) -> Slot
 
 
 async def _open(backend: str, slots: int, numpy: bool) -> SlotExecutor:
+    """An executor that uses cgroups where that works, and else does without."""
+    places = cgroups.find()
+    if places is not None:
+        # Kernels before 5.16 ask for the rights of the one who joins, which has none.
+        with contextlib.suppress(SandboxError):
+            return await _open_with(places, backend, slots, numpy)
+    return await _open_with(None, backend, slots, numpy)
+
+
+async def _open_with(places: Places | None, backend: str, slots: int, numpy: bool) -> SlotExecutor:
     # The directory is no secret and slots under other users must reach their own below it.
     place = _fast_directory()
     _sweep(place)
-    root = tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", dir=place, ignore_cleanup_errors=True)
+    root = tempfile.TemporaryDirectory(prefix=f"{cgroups.PREFIX}{os.getpid()}-", dir=place, ignore_cleanup_errors=True)
     os.chmod(root.name, 0o711)
-    executor = SlotExecutor(backend, slots, _spawner(backend, numpy, root.name), root.cleanup)
+    name = os.path.basename(root.name)
+
+    def cleanup() -> None:
+        root.cleanup()
+        if places is not None:
+            cgroups.sweep(places, own=name)
+
+    if places is not None:
+        cgroups.sweep(places)
+    executor = SlotExecutor(backend, slots, _spawner(backend, numpy, root.name, places), cleanup)
     try:
         await executor.start()
-        executor.report = "no isolation" if backend == "none" else await prove(executor)
+        held = "no isolation" if backend == "none" else await prove(executor)
+        executor.report = f"{held}, {places or 'no cgroup'}"
     except BaseException:
         await executor.close()
         raise
@@ -128,9 +148,9 @@ def _fast_directory() -> str:
 def _sweep(place: str) -> None:
     """Remove what services of our own that were killed have left in ``place``; each name tells its service's pid."""
     for name in os.listdir(place):
-        owner = name.removeprefix(_PREFIX).split("-")[0]
+        owner = name.removeprefix(cgroups.PREFIX).split("-")[0]
         path = os.path.join(place, name)
-        if not name.startswith(_PREFIX) or not owner.isdigit() or os.path.exists(f"/proc/{owner}"):
+        if not name.startswith(cgroups.PREFIX) or not owner.isdigit() or os.path.exists(f"/proc/{owner}"):
             continue
         with contextlib.suppress(OSError):  # Another service sweeps it too.
             if os.lstat(path).st_uid == os.geteuid():
@@ -139,7 +159,7 @@ def _sweep(place: str) -> None:
                 os.rmdir(path)
 
 
-def _spawner(backend: str, numpy: bool, root: str) -> Callable[[int], Awaitable[Slot]]:
+def _spawner(backend: str, numpy: bool, root: str, places: Places | None) -> Callable[[int], Awaitable[Slot]]:
     """What starts the slot of a number."""
     prefixes = sorted({sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix})
     inside = [os.path.abspath(path) for path in sys.path if path]
@@ -160,6 +180,12 @@ def _spawner(backend: str, numpy: bool, root: str) -> Callable[[int], Awaitable[
             "workspace": workspace,
         }
         prefix = bubblewrap.command(prefixes, [package]) if backend == "bwrap" else []
-        return await Slot.spawn(prefix, "rlvr_sandbox.isolation.zygote", config)
+        group = None
+        if places is not None:
+            try:
+                group = cgroups.Group(places, f"{os.path.basename(root)}-{number}-{os.urandom(4).hex()}")
+            except OSError as error:
+                raise SandboxError(f"a cgroup could not be made: {error}") from error
+        return await Slot.spawn(prefix, "rlvr_sandbox.isolation.zygote", config, group)
 
     return spawn

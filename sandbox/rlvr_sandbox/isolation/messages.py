@@ -16,7 +16,8 @@ WARM = b"warm"
 class Order:
     """One run, as the zygote hears of it; the contents travel as descriptors.
 
-    Descriptors, in order: payload (all files, one after the other), stdin, stdout, stderr, for a guest the channel.
+    Descriptors, in order: payload (all files, one after the other), stdin, stdout, stderr, for a guest the channel;
+    where there is a cgroup then what the run joins it by, and at last what tells of kills in it.
 
     Attributes:
         files: Name, bytes and mode of each file in the payload; the first is the program.
@@ -39,6 +40,11 @@ class Order:
     disk_bytes: int
     processes: int
     address_space: bool
+
+    @property
+    def plumbing(self) -> int:
+        """How many descriptors are not those of a cgroup."""
+        return 5 if self.guest else 4
 
     def encode(self) -> bytes:
         """The order as one message."""

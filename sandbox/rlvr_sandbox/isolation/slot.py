@@ -15,6 +15,7 @@ import time
 from asyncio.subprocess import DEVNULL, Process
 from typing import Any
 
+from rlvr_sandbox.isolation.cgroups import Group
 from rlvr_sandbox.isolation.messages import CLOCK, KILL, MAX_MESSAGE, WARM, Clock, Leader, Order, Report, decode_answer
 from rlvr_sandbox.isolation.proctree import kill_group
 from rlvr_sandbox.languages import TOOL_PATH
@@ -52,12 +53,13 @@ class SlotBrokenError(SandboxError):
 class Slot:
     """One zygote. It has at most one run in hand; ``ended`` is set once it must be replaced."""
 
-    def __init__(self, process: Process, control: socket.socket, words: int) -> None:
+    def __init__(self, process: Process, control: socket.socket, words: int, group: Group | None) -> None:
         self.ended = asyncio.Event()
         self.reason = ""
         self._process = process
         self._control = control
         self._words = words
+        self._group = group
         self._pid = process.pid
         self._handle = -1
         self._leader = 0
@@ -67,13 +69,14 @@ class Slot:
         self._clock: asyncio.Future[Clock] | None = None
 
     @classmethod
-    async def spawn(cls, prefix: list[str], module: str, config: dict[str, Any]) -> Slot:
+    async def spawn(cls, prefix: list[str], module: str, config: dict[str, Any], group: Group | None = None) -> Slot:
         """Start a zygote and wait until it is warm.
 
         Args:
             prefix: A command to start it under; empty for none.
             module: Its module.
             config: What it needs to know.
+            group: The cgroup of its runs, which goes with the slot.
 
         Raises:
             SandboxError: If it ends or stays silent instead, with its last words.
@@ -96,7 +99,7 @@ class Slot:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        slot = cls(process, ours, words)
+        slot = cls(process, ours, words, group)
         try:
             await slot._await_warmth()
         except BaseException:
@@ -143,9 +146,10 @@ class Slot:
         self._runs += 1
         report = self._report
         try:
-            socket.send_fds(self._control, [order.encode()], descriptors)
+            joins = self._group.admit(order) if self._group is not None else []
+            socket.send_fds(self._control, [order.encode()], [*descriptors, *joins])
         except OSError as error:
-            self.fail(f"the order could not be sent: {error}")
+            self.fail(f"the order could not be given: {error}")
         return report
 
     def ask_to_kill(self) -> None:
@@ -213,6 +217,8 @@ class Slot:
             if descriptor >= 0:
                 os.close(descriptor)
         self._handle = self._words = -1
+        if self._group is not None:
+            await self._group.remove()
 
     def _kill_now(self) -> None:
         if self._handle < 0:

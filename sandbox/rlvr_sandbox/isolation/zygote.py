@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from rlvr_sandbox.isolation import child, echo, kernel, namespaces
+from rlvr_sandbox.isolation.cgroups import Kills
 from rlvr_sandbox.isolation.messages import CLOCK, KILL, WARM, Clock, Leader, Order, Report, receive_order
 from rlvr_sandbox.isolation.namespaces import NamespaceWalls
 from rlvr_sandbox.isolation.openwalls import LandlockWalls, OpenWalls
@@ -24,11 +25,12 @@ _MIN_TICK_S = 0.005
 class Run:
     """One run in progress, seen from its zygote."""
 
-    def __init__(self, order: Order, pid: int, ready: int, walls: child.Walls) -> None:
+    def __init__(self, order: Order, pid: int, ready: int, walls: child.Walls, kills: Kills) -> None:
         self._order = order
         self._pid = pid
         self._ready = ready
         self._walls = walls
+        self._kills = kills
         self._handle = os.pidfd_open(pid)
         self._started = time.monotonic()
         self._why = ""
@@ -65,7 +67,7 @@ class Run:
     def _enforce(self) -> None:
         if self._cpu_s() > self._order.cpu_s:
             self._kill("cpu")
-        elif self._resident() > self._order.memory_bytes:
+        elif self._resident() > self._order.memory_bytes or self._kills.happened():
             self._kill("memory")
         elif self._order.processes > 1 and len(self._members()) > 2 * self._order.processes:
             self._kill("processes")
@@ -111,6 +113,8 @@ class Run:
         cpu_s = max(usage.ru_utime + usage.ru_stime, self._used_s)
         peak = max(self._peak, usage.ru_maxrss * 1024)
         why = self._why or ("cpu" if cpu_s > self._order.cpu_s else "memory" if peak > self._order.memory_bytes else "")
+        if self._kills.happened():
+            why = "memory"
         return Report(status, cpu_s, wall_s, peak, why, fault)
 
 
@@ -159,16 +163,19 @@ def _serve(control: socket.socket, walls: child.Walls, guests: dict[str, child.G
     while (received := receive_order(control)) is not None:
         order, descriptors = received
         ready, told = os.pipe()
+        kills = Kills(descriptors[order.plumbing :][-1:])
         walls.before_fork()
         pid = os.fork()
         if pid == 0:
             child.live(order, descriptors, told, walls, guests, path)
         walls.after_fork()
-        for descriptor in (told, *descriptors):
+        # What tells of kills is needed until the end.
+        for descriptor in (told, *descriptors[: max(order.plumbing, len(descriptors) - 1)]):
             os.close(descriptor)
         if walls.leaky:
             control.send(Leader(pid).encode())
-        report = Run(order, pid, ready, walls).watch(control)
+        report = Run(order, pid, ready, walls, kills).watch(control)
+        kills.close()
         walls.clean(pid)
         if report is None:
             return
