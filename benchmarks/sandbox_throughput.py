@@ -3,9 +3,9 @@
     python benchmarks/sandbox_throughput.py                       # about 4 minutes on two idle cores
     python benchmarks/sandbox_throughput.py --seconds 2 --timeouts 40
 
-All systems run in turn, several times, in one session, against the same client; ratios are within one turn. CPU time is
-that of the service and all its processes (of this process for "in process"), not of the client. Then come correct
-programs of 0.3 CPU seconds with a limit of 2 s, 8 of them at once on every core: how many are called too slow.
+All systems run in turn, several times, against the same client; ratios are within one turn. CPU time is that of the
+service and all its processes (this one for "in process"). Then come correct programs of 0.3 CPU seconds with a limit of
+2 s, 8 at once on every core: how many are called too slow.
 """
 
 from __future__ import annotations
@@ -37,13 +37,12 @@ LIMIT_S = 2
 FUSION = "subprocess per request, HTTP (SandboxFusion's way)"
 OURS = "rlvr-sandbox, HTTP, one a request"
 SHORT = "print(int(input()) + 1)  # {n}"
-# What programs of language models begin with; verl puts these before every function that it has tested.
+# verl puts these before every function that it has tested.
 IMPORTS = (
     "import string, re, datetime, collections, heapq, bisect, copy, math, random, statistics, itertools, functools\n"
     "import operator, io, sys, json, typing\n"
 )
 PROGRAMS = {"bare": SHORT, "imports": IMPORTS + SHORT}
-# Spins for 0.3 s of its own processor time, however fast the machine is.
 LONG = "import time\nwhile time.process_time() < 0.3: pass\nprint(int(input()) + 1)  # {n}"
 
 Job = Callable[[int], Awaitable[int]]  # runs programs for client number n; how many were right
@@ -160,8 +159,8 @@ def free_port() -> int:
 
 def ours(slots: int, port: int) -> list[str]:
     """The command of our service."""
-    serve = ["-m", "rlvr_sandbox", "serve", "--port", str(port), "--workers", "1", "--slots", str(slots)]
-    return [*serve, "--exit-with-parent", "--drain-seconds", "0"]
+    options = f"--port {port} --workers 1 --slots {slots} --exit-with-parent --drain-seconds 0"
+    return ["-m", "rlvr_sandbox", "serve", *options.split()]
 
 
 @contextlib.asynccontextmanager
@@ -285,8 +284,8 @@ async def main() -> None:
     parser.add_argument("--timeouts", type=int, default=200, help="correct programs to look for false timeouts with")
     parser.add_argument("--keep", type=Path, help="file to write the tables to")
     options = parser.parse_args()
-    load = os.getloadavg()
-    lines = await table(options)
+    load, lines = os.getloadavg(), await table(options)
+    print("\n".join(lines), flush=True)
     if options.timeouts:
         lines += ["", *await timeouts(options.timeouts)]
     place = f"{platform.machine()}, {CORES} cores, Python {platform.python_version()}, Linux {platform.release()}"
@@ -294,9 +293,9 @@ async def main() -> None:
     lines += [
         f"Load average {load[0]:.1f} before and {os.getloadavg()[0]:.1f} after; other jobs may have run beside it."
     ]
+    print("\n".join(lines[-6:]))
     if options.keep:
         options.keep.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ so this stands in for it; it does less work than the original.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -59,7 +60,8 @@ async def _run(command: str, folder: str, stdin: bytes, timeout_s: float) -> dic
         async with asyncio.timeout(timeout_s):
             stdout, stderr = await process.communicate(stdin)
     except TimeoutError:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
         return {"status": "Failed", "run_result": {"status": "TimeLimitExceeded", "stdout": "", "stderr": ""}}
     result = {

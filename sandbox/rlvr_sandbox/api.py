@@ -7,7 +7,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 
 from rlvr_sandbox import __version__
 from rlvr_sandbox.bench import Bench, FullError, NoCodeError, UnavailableError
@@ -15,6 +14,7 @@ from rlvr_sandbox.door import MAX_BODY_BYTES, Door
 from rlvr_sandbox.items import KINDS
 from rlvr_sandbox.routes.common import (
     OWN_REFUSALS,
+    AnyJSONResponse,
     BadRequestError,
     DroppedError,
     NoVerdictError,
@@ -52,8 +52,8 @@ def _sentence(error: Mapping[str, Any]) -> str:
     return f"{place[:60]} is refused ({message}); send what the README of rlvr-sandbox describes"
 
 
-def _refusal(status: int, sentence: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"detail": sentence}, status, headers)
+def _refusal(status: int, sentence: str, headers: dict[str, str] | None = None) -> Response:
+    return AnyJSONResponse({"detail": sentence}, status, headers)
 
 
 def create_app(bench: Bench, busy_status: int = 504) -> FastAPI:

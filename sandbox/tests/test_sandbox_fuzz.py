@@ -47,9 +47,10 @@ scalars = (
     | st.text(max_size=20)
     | st.sampled_from([10**400, "\ud800", "\0"])
 )
+names = st.text(max_size=8) | st.sampled_from(["\ud800", "kind", "spec"])
 values = st.recursive(
     scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
     max_leaves=8,
 )
 

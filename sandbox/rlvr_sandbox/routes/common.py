@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
+from fastapi.responses import JSONResponse
 
 from rlvr_sandbox.items import Refusal
 
@@ -33,6 +35,14 @@ def compatible_refusals(busy_status: int) -> _Responses:
         501: {"model": Refusal, "description": "This service does not run code."},
         busy_status: {"model": Refusal, "description": "No verdict: too busy, stopping, or the sandbox failed. Retry."},
     }
+
+
+class AnyJSONResponse(JSONResponse):
+    """JSON that carries whatever a request brought, lone surrogates and NaN included."""
+
+    def render(self, content: Any) -> bytes:
+        """``content`` in ASCII."""
+        return json.dumps(content, separators=(",", ":")).encode()
 
 
 class BadRequestError(Exception):

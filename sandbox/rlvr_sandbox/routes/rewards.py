@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from rlvr_sandbox.bench import Bench
 from rlvr_sandbox.items import CodeItem, Item, TaggedItem
-from rlvr_sandbox.routes.common import BadRequestError, NoVerdictError, unless_dropped
+from rlvr_sandbox.routes.common import AnyJSONResponse, BadRequestError, NoVerdictError, unless_dropped
 from rlvr_sandbox.verdicts import Judgement, Verdict
 
 # slime gives up after 120 s; what it retries has to arrive before.
@@ -62,12 +62,12 @@ def reward_routes(bench: Bench) -> APIRouter:
         judgement = await unless_dropped(request, _judge(bench, _item(_task(body.label), body.response)))
         return _reward(judgement)
 
-    @router.post("/verify")
-    async def gym(request: Request, body: GymRequest) -> GymResponse:
+    @router.post("/verify", response_model=GymResponse)
+    async def gym(request: Request, body: GymRequest) -> Response:
         """The request again, with `reward`; without a verdict there is no reward but an error to retry."""
         judgement = await unless_dropped(request, _judge(bench, _item(_gym_task(body), _output_text(body.response))))
         answer = {"reward": _reward(judgement), "verdict": judgement.verdict, "detail": judgement.detail}
-        return GymResponse(**{**body.model_dump(exclude_none=True), **answer})
+        return AnyJSONResponse({**body.model_dump(exclude_none=True), **answer})
 
     return router
 
@@ -91,7 +91,9 @@ def _item(task: Mapping[str, Any], response: str) -> Item:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the task"
-        raise BadRequestError(f"{place} is refused ({first['msg']}); send {{kind, spec}} as in /v1/verify") from error
+        raise BadRequestError(
+            f"{place} is refused ({first['msg'][:160]}); send {{kind, spec}} as in /v1/verify"
+        ) from error
 
 
 def _task(label: dict[str, Any] | str | int | float) -> Mapping[str, Any]:

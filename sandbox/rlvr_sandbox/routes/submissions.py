@@ -6,14 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, ValidationError
 
 from rlvr_sandbox.bench import Bench
 from rlvr_sandbox.items import MAX_ITEMS, CodeItem
 from rlvr_sandbox.judging.extraction import extract_code
 from rlvr_sandbox.routes.asserts import assert_spec
-from rlvr_sandbox.routes.common import BadRequestError, NoVerdictError, unless_dropped
+from rlvr_sandbox.routes.common import AnyJSONResponse, BadRequestError, NoVerdictError, unless_dropped
 from rlvr_sandbox.routes.fusion import LANGUAGES, SPARE_S, CommandRunResult, RunCodeResponse, Timeout
 from rlvr_sandbox.specs_code import CodeSpec
 from rlvr_sandbox.verdicts import Judgement, Verdict
@@ -82,15 +82,17 @@ def submission_routes(bench: Bench) -> APIRouter:
     """The routes that answer from ``bench``."""
     router = APIRouter(tags=["SandboxFusion"])
 
-    @router.post("/submit")
-    async def submit(request: Request, body: SubmitRequest) -> EvalResult:
+    @router.post("/submit", response_model=EvalResult)
+    async def submit(request: Request, body: SubmitRequest) -> Response:
         """Judge a completion by the tests in `config.provided_data`: CommonOJ, HumanEval and AutoEval problems."""
-        return await unless_dropped(request, _evaluate(bench, body, _fusion_tests(body)))
+        evaluated = await unless_dropped(request, _evaluate(bench, body, _fusion_tests(body)))
+        return AnyJSONResponse(evaluated.model_dump())
 
-    @router.post("/common_evaluate_batch")
-    async def common_evaluate_batch(request: Request, body: SubmitRequest) -> EvalResult:
+    @router.post("/common_evaluate_batch", response_model=EvalResult)
+    async def common_evaluate_batch(request: Request, body: SubmitRequest) -> Response:
         """Judge a completion by ScaleBox's `test_cases`: stdin_stdout, function_call, assert, special judges."""
-        return await unless_dropped(request, _evaluate(bench, body, _scalebox_tests(body)))
+        evaluated = await unless_dropped(request, _evaluate(bench, body, _scalebox_tests(body)))
+        return AnyJSONResponse(evaluated.model_dump())
 
     return router
 
@@ -240,5 +242,5 @@ def _spec(body: SubmitRequest, spec: dict[str, Any]) -> CodeSpec:
         return CodeSpec.model_validate({"language": _language(body), "limits": limits, "extract": False, **spec})
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise BadRequestError(f"the problem's {place} is refused ({first['msg']})") from error
+        place = ".".join(map(str, first["loc"]))[:60]
+        raise BadRequestError(f"the problem's {place} is refused ({first['msg'][:160]})") from error

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 
 from rlvr_sandbox.bench import Bench, UnavailableError
 from rlvr_sandbox.items import (
@@ -22,7 +22,7 @@ from rlvr_sandbox.items import (
     VerifyRequest,
     result,
 )
-from rlvr_sandbox.routes.common import unless_dropped
+from rlvr_sandbox.routes.common import AnyJSONResponse, unless_dropped
 from rlvr_sandbox.specs_math import MathSpec
 from rlvr_sandbox.verdicts import Judgement, Verdict
 
@@ -65,12 +65,12 @@ async def _answer(bench: Bench, request: Request, items: Sequence[Item], deadlin
         if isinstance(item, CodeItem):
             if isinstance(bench.code, str):
                 sentence = f"items[{index}].kind is 'code', but this service does not run code because {bench.code}"
-                return JSONResponse(Refusal(detail=sentence).model_dump(), 422)
+                return AnyJSONResponse(Refusal(detail=sentence).model_dump(), 422)
             break
     if NDJSON in request.headers.get("accept", ""):
         return StreamingResponse(_lines(bench, items, deadline_s, priority), media_type=NDJSON)
     judgements = await unless_dropped(request, bench.judge(items, deadline_s, priority))
-    return JSONResponse({"results": [result(judgement) for judgement in judgements]})
+    return AnyJSONResponse({"results": [result(judgement) for judgement in judgements]})
 
 
 async def _lines(bench: Bench, items: Sequence[Item], deadline_s: float, priority: int) -> AsyncIterator[str]:
