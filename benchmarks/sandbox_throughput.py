@@ -42,7 +42,7 @@ IMPORTS = (
     "import string, re, datetime, collections, heapq, bisect, copy, math, random, statistics, itertools, functools\n"
     "import operator, io, sys, json, typing\n"
 )
-PROGRAMS = {"bare": SHORT, "imports": IMPORTS + SHORT}
+PROGRAMS = {"bare": SHORT, "imports": IMPORTS + SHORT, "numpy": "import numpy\n" + SHORT}
 LONG = "import time\nwhile time.process_time() < 0.3: pass\nprint(int(input()) + 1)  # {n}"
 
 Job = Callable[[int], Awaitable[int]]  # runs programs for client number n; how many were right
@@ -157,18 +157,19 @@ def free_port() -> int:
         return int(reserved.getsockname()[1])
 
 
-def ours(slots: int, port: int) -> list[str]:
-    """The command of our service."""
+def ours(slots: int, port: int, numpy: bool = False) -> list[str]:
+    """The command of our service, which keeps numpy loaded where its users need it."""
     options = f"--port {port} --workers 1 --slots {slots} --exit-with-parent --drain-seconds 0"
+    options += " --numpy" if numpy else ""
     return ["-m", "rlvr_sandbox", "serve", *options.split()]
 
 
 @contextlib.asynccontextmanager
-async def systems() -> AsyncIterator[list[System]]:
+async def systems(numpy: bool) -> AsyncIterator[list[System]]:
     """All systems, up and warm."""
     baseline, service = free_port(), free_port()
     turns = asyncio.Semaphore(CORES)
-    executor = await open_executor("auto", slots=CORES)
+    executor = await open_executor("auto", slots=CORES, numpy=numpy)
 
     def in_process(source: str, limit_s: float) -> Job:
         async def run(_: int) -> int:
@@ -196,7 +197,7 @@ async def systems() -> AsyncIterator[list[System]]:
     try:
         with (
             served([str(HERE / "subprocess_server.py"), str(baseline)], baseline) as theirs,
-            served(ours(CORES, service), service) as mine,
+            served(ours(CORES, service, numpy), service) as mine,
         ):
             yield [
                 System(FUSION, theirs.pid, run_code(baseline)),
@@ -255,11 +256,12 @@ async def table(options: argparse.Namespace) -> list[str]:
     """The lines of the table of rates."""
     cells = list(itertools.product(PROGRAMS, options.clients))
     found: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
-    async with systems() as candidates:
-        for (program, clients), turn in itertools.product(cells, range(options.rounds)):
-            for system in candidates if turn % 2 == 0 else candidates[::-1]:
-                measured = await rate(system, program, clients, options.seconds)
-                found.setdefault((system.name, program, clients), []).append(measured)
+    for program in PROGRAMS:
+        async with systems(program == "numpy") as candidates:
+            for clients, turn in itertools.product(options.clients, range(options.rounds)):
+                for system in candidates if turn % 2 == 0 else candidates[::-1]:
+                    measured = await rate(system, program, clients, options.seconds)
+                    found.setdefault((system.name, program, clients), []).append(measured)
     lines = [
         "| program | clients | system | programs/s | × the first | CPU-ms/program | first's CPU / its |",
         "|---|---|---|---|---|---|---|",
@@ -286,6 +288,7 @@ async def main() -> None:
     options = parser.parse_args()
     load, lines = os.getloadavg(), await table(options)
     print("\n".join(lines), flush=True)
+    shown = len(lines)
     if options.timeouts:
         lines += ["", *await timeouts(options.timeouts)]
     place = f"{platform.machine()}, {CORES} cores, Python {platform.python_version()}, Linux {platform.release()}"
@@ -293,7 +296,7 @@ async def main() -> None:
     lines += [
         f"Load average {load[0]:.1f} before and {os.getloadavg()[0]:.1f} after; other jobs may have run beside it."
     ]
-    print("\n".join(lines[-6:]))
+    print("\n".join(lines[shown:]))
     if options.keep:
         options.keep.write_text("\n".join(lines) + "\n")
 

@@ -91,6 +91,8 @@ def gradient(settings: dict[str, Any], batch: Tensors) -> dict[str, Any]:
     """One update over the whole batch with ratios on both sides of the clip range: gradient and new weights."""
     unclipped = settings | {"megatron": settings["megatron"] | {"clip_grad": 1e9}}
     policy = Policy(PolicyConfig(**unclipped), temperature=TEMPERATURE, total_steps=10)
+    widths: set[int] = set()
+    policy.module.register_forward_hook(lambda _, __, output: widths.add(output.shape[-1]))
     rollout, metrics = rollout_batch(batch), StepMetrics()
     logprobs_BL, entropy_BL = policy.log_probs(rollout.tokens_BL, rollout.response_mask_BL)
     rows = prepare(rollout, logprobs_BL, entropy_BL, StepMetrics()).rows
@@ -101,6 +103,7 @@ def gradient(settings: dict[str, Any], batch: Tensors) -> dict[str, Any]:
     shim: Any = SimpleNamespace(named_parameters=lambda: iter(grads))
     group = parallel_state.get_tensor_model_parallel_group()
     return {
+        "output_widths": widths,
         "old_logprobs": rows.old_logprobs_BL,
         "metrics": policy.reduce_metrics(metrics).means(),
         "grads": {name: grad.clone() for name, grad in named_full_tensors(shim, WeightMap(policy.hf_config), group)},

@@ -160,6 +160,13 @@ def test_loss_and_gradient_are_those_of_float64(runs: Runs, model: str, layout: 
     assert metrics["clip_fraction_low"] > 0.05
 
 
+def test_the_model_hands_over_hidden_states_and_no_logits(runs: Runs) -> None:
+    width = exact_model(runs.models["odd"]).config.hidden_size
+    assert width not in (37, 37 // 2)  # the vocabulary of that model and a shard of it
+    for rank in runs.of("odd", "tp2"):
+        assert rank["gradient"]["output_widths"] == {width}
+
+
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_the_first_update_is_adams(runs: Runs, model: str, layout: str) -> None:
     result = runs.of(model, layout)[0]["gradient"]
