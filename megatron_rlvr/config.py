@@ -104,7 +104,7 @@ class EntropyConfig:
 class VerifyConfig:
     """The verifier service."""
 
-    url: str = _key("", "service address; empty starts one on this machine for the run")
+    url: str = _key("", "address of the service, or of its replicas separated by commas; empty starts one for the run")
     deadline_s: float = _key(60.0, "every response is judged or given up within this many seconds")
     max_infra_error_share: float = _key(0.1, "above this share of unjudged responses the run stops")
 

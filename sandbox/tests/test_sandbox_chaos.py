@@ -49,8 +49,10 @@ def work(round_: int) -> list[tuple[dict[str, Any], str]]:
     ]
 
 
-def judged_under(server: Server, chaos: Callable[[], None], rounds: int = 4, threads: int = 3) -> Counter[str]:
-    """Judge while ``chaos`` is made again and again; every verdict that there is must be the right one."""
+def judged_under(
+    server: Server, chaos: Callable[[], None], rounds: int = 4, threads: int = 3, also: str = "infra_error"
+) -> Counter[str]:
+    """Judge while ``chaos`` is made again and again; a verdict must be the right one, ``infra_error`` or ``also``."""
     over = threading.Event()
 
     def make_chaos() -> None:
@@ -63,7 +65,7 @@ def judged_under(server: Server, chaos: Callable[[], None], rounds: int = 4, thr
         verdicts = server.verdicts([item for item, _ in items], DEADLINE_S)
         assert time.monotonic() - started < DEADLINE_S + SLACK_S
         for verdict, (item, expected) in zip(verdicts, items, strict=True):
-            assert verdict in (expected, "infra_error"), (item, verdict)
+            assert verdict in (expected, "infra_error", also), (item, verdict)
         return Counter(verdicts)
 
     maker = threading.Thread(target=make_chaos, daemon=True)
@@ -110,7 +112,9 @@ def test_processes_die_or_stand_still_under_load(server: Server, whom: str, how:
         if next(shots, None) is not None:
             shoot(victims(), how)
 
-    counts = judged_under(server, chaos)
+    # Where the shot hits the program itself, its death by a signal is a crash like any other: to call it a fault of the
+    # service would let programs that get themselves killed go unpunished.
+    counts = judged_under(server, chaos, also="runtime_error" if whom == "anybody below" else "infra_error")
     assert counts["accepted"] + counts["wrong_answer"] >= 0.5 * counts.total(), counts
     assert_well(server)
 
