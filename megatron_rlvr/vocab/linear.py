@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from megatron_rlvr.vocab.head import Head, HeadCall, check_call, enter, leave
 from megatron_rlvr.vocab.rows import Backend, stats_dtype
 from megatron_rlvr.vocab.shards import over_ranks
-from megatron_rlvr.vocab.state import BASE, EXTENDED, TokenExtras, TokenStats, Totals, finish, totals
+from megatron_rlvr.vocab.state import BASE, EXTENDED, TokenStats, Totals, finish, totals
 
 
 def linear_token_stats(
@@ -75,13 +75,11 @@ def linear_token_stats(
 
 def stats_of(hidden: torch.Tensor, weight: torch.Tensor, call: HeadCall) -> TokenStats:
     """`linear_token_stats` with its other arguments checked already."""
-    logprob_R, entropy_R, *more = _LinearStats.apply(hidden, weight, call)  # type: ignore[no-untyped-call]
-    return TokenStats(logprob_R, entropy_R, TokenExtras(*more) if call.extras else None)
+    return TokenStats.of(_LinearStats.apply(hidden, weight, call))  # type: ignore[no-untyped-call]
 
 
 class _Context(FunctionCtx):
     saved_tensors: tuple[torch.Tensor, ...]
-    needs_input_grad: tuple[bool, ...]
     call: HeadCall
 
 
@@ -101,11 +99,9 @@ class _LinearStats(torch.autograd.Function):
         stats = finish(state, call.temperature_R)
         ctx.save_for_backward(hidden_TH, weight_VH, *totals(state, stats, call.columns_R, call.temperature_R))
         ctx.call = call
-        if stats.extras is None:
-            return stats.logprob, stats.entropy
-        more = tuple(getattr(stats.extras, name) for name in TokenExtras.__slots__)
-        ctx.mark_non_differentiable(*more)
-        return stats.logprob, stats.entropy, *more
+        outputs = stats.flat()
+        ctx.mark_non_differentiable(*outputs[2:])
+        return outputs
 
     @staticmethod
     @once_differentiable

@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from megatron_rlvr.vocab import rows as row_passes
 from megatron_rlvr.vocab.rows import Backend
 from megatron_rlvr.vocab.shards import Placement, over_ranks, place
-from megatron_rlvr.vocab.state import BASE, EXTENDED, TokenExtras, TokenStats, Totals, finish, totals
+from megatron_rlvr.vocab.state import BASE, EXTENDED, TokenStats, Totals, finish, totals
 from megatron_rlvr.vocab.torch_rows import TorchRows
 
 _BLOCK_BYTES = 2 * 2**20
@@ -72,8 +72,7 @@ def token_stats(
     placement = place(shard, logits.shape[1], group, vocab_size)
     temperature_T = row_temperature(temperature, len(logits), logits)
     call = _Call(placement, temperature_T, placement.columns(targets), group, extras, reuse_logits, backend)
-    logprob_T, entropy_T, *more = _TokenStats.apply(logits, call)  # type: ignore[no-untyped-call]
-    return TokenStats(logprob_T, entropy_T, TokenExtras(*more) if extras else None)
+    return TokenStats.of(_TokenStats.apply(logits, call))  # type: ignore[no-untyped-call]
 
 
 def check_targets(targets: torch.Tensor, count: int, like: torch.Tensor) -> None:
@@ -124,11 +123,9 @@ class _TokenStats(torch.autograd.Function):
         stats = finish(state, call.temperature_T)
         ctx.save_for_backward(logits_TV, *totals(state, stats, call.columns_T, call.temperature_T))
         ctx.call = call
-        if stats.extras is None:
-            return stats.logprob, stats.entropy
-        more = tuple(getattr(stats.extras, name) for name in TokenExtras.__slots__)
-        ctx.mark_non_differentiable(*more)
-        return stats.logprob, stats.entropy, *more
+        outputs = stats.flat()
+        ctx.mark_non_differentiable(*outputs[2:])
+        return outputs
 
     @staticmethod
     @once_differentiable

@@ -75,6 +75,17 @@ class TokenStats:
     entropy: torch.Tensor
     extras: TokenExtras | None = None
 
+    def flat(self) -> tuple[torch.Tensor, ...]:
+        """Its tensors in one tuple, as an autograd function has to return them."""
+        more = [] if self.extras is None else [getattr(self.extras, name) for name in TokenExtras.__slots__]
+        return self.logprob, self.entropy, *more
+
+    @classmethod
+    def of(cls, values: tuple[torch.Tensor, ...]) -> TokenStats:
+        """The statistics whose `flat` is ``values``."""
+        logprob, entropy, *more = values
+        return cls(logprob, entropy, TokenExtras(*more) if more else None)
+
 
 class Moments(NamedTuple):
     """The four sums on request, each ``[T]``; see the module's text."""
