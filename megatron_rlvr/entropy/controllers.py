@@ -1,9 +1,9 @@
-"""Controllers of one number, the loss weight of tokens with positive advantage.
+"""What a controller of one number is, and those that follow the step count alone; ``feedback`` has those that steer.
 
-Steps count from 0. The value used in step k is ``value`` before the step's only ``update``, which takes the entropy
-H_k of the policy that made the step's rollouts and returns the value for step k + 1.
+Steps count from 0 and each has one ``update``. Whether the value before it or after it is in force during the step is
+the caller's choice; for everything here it is the value before.
 
-Source: Positive-Advantage Reweighting, arXiv:2511.05993 (Findings of ACL 2026): Eq. 5 and the two schedules beside it.
+Source: Positive-Advantage Reweighting, arXiv:2511.05993 (Findings of ACL 2026): the two schedules beside its Eq. 5.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_rlvr.core import RLVRError
+from megatron_rlvr.entropy.targets import course, exact
 
-State = dict[str, str | int]
+State = dict[str, Any]
 
 
 class Controller(Protocol):
     """What a training loop asks of a controller. Its state never depends on ranks or micro-batches.
 
     Attributes:
-        saturated_low: Finished steps whose value was the lower bound.
-        saturated_high: Finished steps whose value was the upper bound.
+        saturated_low: Updates that found the value at the lower bound.
+        saturated_high: Updates that found the value at the upper bound.
     """
 
     saturated_low: int
@@ -32,10 +32,25 @@ class Controller(Protocol):
 
     @property
     def value(self) -> float:
-        """The value to use in the current step."""
+        """The value now."""
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Least and greatest value, or None for a constant, which has no bounds to sit at."""
+
+    @property
+    def band(self) -> tuple[float, float] | None:
+        """The entropies (nats) that the last update was content with, from lowest to highest; a single target is both.
+
+        None without feedback, and before the first signal where the target is a share of it.
+        """
+
+    @property
+    def direction(self) -> int:
+        """1 if more entropy means a higher value, -1 if a lower one, 0 without feedback."""
 
     def update(self, signal: float) -> float:
-        """Finish the step with its entropy (nats) and return the value for the next one.
+        """Take the step's entropy (nats) and return the new value.
 
         Raises:
             RLVRError: If ``signal`` is NaN or infinite; the controller is then unchanged.
@@ -44,7 +59,7 @@ class Controller(Protocol):
     def state_dict(self) -> State:
         """Everything that a resumed run needs, as JSON values; bit-equal after a round trip."""
 
-    def load_state_dict(self, state: Mapping[str, str | int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``.
 
         Raises:
@@ -52,11 +67,12 @@ class Controller(Protocol):
         """
 
 
-class _Stepped(ABC):
+class Stepped(ABC):
     """Bookkeeping that every controller shares: the step count, the bounds' counters and the state's frame."""
 
     kind: str
     bounds: tuple[float, float] | None = (0.0, 1.0)
+    direction = 0
 
     def __init__(self) -> None:
         self.steps = 0
@@ -66,7 +82,12 @@ class _Stepped(ABC):
     @property
     @abstractmethod
     def value(self) -> float:
-        """The value to use in the current step."""
+        """See ``Controller.value``."""
+
+    @property
+    def band(self) -> tuple[float, float] | None:
+        """See ``Controller.band``."""
+        return None
 
     def update(self, signal: float) -> float:
         """See ``Controller.update``."""
@@ -90,7 +111,7 @@ class _Stepped(ABC):
             "saturated_high": self.saturated_high,
         }
 
-    def load_state_dict(self, state: Mapping[str, str | int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See ``Controller.load_state_dict``."""
         if state.get("kind") != self.kind:
             raise RLVRError(
@@ -107,7 +128,7 @@ class _Stepped(ABC):
         self.saturated_high = int(state["saturated_high"])
 
 
-class Constant(_Stepped):
+class Constant(Stepped):
     """The same value in every step: 1 is GRPO, 0 trains on non-positive advantages only. It has no bounds to sit at."""
 
     kind = "constant"
@@ -124,55 +145,7 @@ class Constant(_Stepped):
         return self._value
 
 
-class EntropyGuided(_Stepped):
-    """Eq. 5 of the paper: one step down if the entropy is below the target, else one step up, held in [0, 1].
-
-    The value is kept as a fraction and the decimals of ``step_size`` and ``initial`` are taken at their word. Twenty
-    steps of 0.05 are therefore exactly 1, a bound is hit or missed as on paper, and no rounding builds up over a run.
-    """
-
-    kind = "entropy_guided"
-
-    def __init__(self, *, target: float = 0.2, step_size: float = 0.05, initial: float = 0.0) -> None:
-        """Start at ``initial``; ``target`` is an entropy in nats.
-
-        Raises:
-            RLVRError: If ``target`` is negative or infinite, ``step_size`` not in (0, 1] or ``initial`` not in [0, 1].
-        """
-        super().__init__()
-        if not 0.0 <= target < math.inf:
-            raise RLVRError(f"target is {target} but an entropy in nats is finite and not negative; the paper uses 0.2")
-        if not 0.0 < step_size <= 1.0:
-            raise RLVRError(f"step_size is {step_size} but must lie in (0, 1]; the paper uses 0.05")
-        if not 0.0 <= initial <= 1.0:
-            raise RLVRError(f"initial is {initial} but a positive weight lies in [0, 1]; the paper starts at 0")
-        self.target = target
-        self._step = Fraction(str(step_size))
-        self._value = Fraction(str(initial))
-
-    @property
-    def value(self) -> float:
-        """The fraction's nearest float."""
-        return float(self._value)
-
-    def update(self, signal: float) -> float:
-        """See ``Controller.update``."""
-        super().update(signal)
-        moved = self._value - self._step if signal < self.target else self._value + self._step
-        self._value = min(max(moved, Fraction(0)), Fraction(1))
-        return self.value
-
-    def state_dict(self) -> State:
-        """See ``Controller.state_dict``; ``value`` is a fraction such as ``"7/20"``."""
-        return super().state_dict() | {"value": str(self._value)}
-
-    def load_state_dict(self, state: Mapping[str, str | int]) -> None:
-        """See ``Controller.load_state_dict``."""
-        super().load_state_dict(state)
-        self._value = Fraction(state["value"])
-
-
-class StageBased(_Stepped):
+class StageBased(Stepped):
     """0 in the first half of training, then linearly up to 1.
 
     With S = ``total_steps`` and h = S // 2, step k has the value max(0, k + 1 - h) / (S - h): steps 0 .. h - 1 have 0,
@@ -199,7 +172,7 @@ class StageBased(_Stepped):
         return min(max(0, self.steps + 1 - self._half), self._ramp) / self._ramp
 
 
-class EpochWise(_Stepped):
+class EpochWise(Stepped):
     """(e - 1) / (E - 1) in epoch e = 1 .. E, and 1 beyond.
 
     The epoch follows from the step count, so the value is the same however a run was cut and resumed. One epoch is
@@ -229,3 +202,36 @@ class EpochWise(_Stepped):
     def value(self) -> float:
         """The schedule at the current step."""
         return min(self.steps // self._steps_per_epoch, self._rises) / self._rises
+
+
+class Linear(Stepped):
+    """A straight line from ``start`` in step 0 to ``end`` in step ``steps - 1``, then ``end``; exact on decimals."""
+
+    kind = "linear"
+    _cosine = False
+
+    def __init__(self, start: float, end: float, steps: int) -> None:
+        """Plan ``steps`` steps; one alone has ``end``.
+
+        Raises:
+            RLVRError: If an end is not finite or ``steps`` not positive.
+        """
+        super().__init__()
+        if not (math.isfinite(start) and math.isfinite(end)):
+            raise RLVRError(f"a {self.kind} course runs from {start} to {end} but both ends must be finite")
+        if steps < 1:
+            raise RLVRError(f"a {self.kind} course has {steps} steps but needs at least one")
+        self.bounds = (min(start, end), max(start, end))
+        self._start, self._end, self._steps = exact(start), exact(end), steps
+
+    @property
+    def value(self) -> float:
+        """The course at the current step."""
+        return float(course(self._start, self._end, self.steps, self._steps, cosine=self._cosine))
+
+
+class Cosine(Linear):
+    """Half a cosine from ``start`` in step 0 to ``end`` in step ``steps - 1``, flat at both ends, then ``end``."""
+
+    kind = "cosine"
+    _cosine = True

@@ -1,13 +1,14 @@
-"""Controllers and recipes against hand-computed sequences, bounds, resume at any step and refusals."""
+"""Open-loop controllers and Eq. 5 against hand-computed sequences, bounds, resume at any step and refusals."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rlvr.core import RLVRError
@@ -17,18 +18,19 @@ from megatron_rlvr.entropy import (
     EntropyGuided,
     EpochWise,
     StageBased,
-    build_controller,
     mean_entropy,
 )
+from megatron_rlvr.entropy.controllers import Cosine, Linear
+from megatron_rlvr.entropy.signal import sequence_sums
 
-RECIPES = ["none", "par", "par_stage", "par_epoch"]
-
-
-def build(recipe: str, step_size: float = 0.05, initial: float = 0.0, total_steps: int = 12) -> Controller:
-    """A recipe with the paper's target and three epochs."""
-    return build_controller(
-        recipe, target=0.2, step_size=step_size, initial=initial, total_steps=total_steps, steps_per_epoch=5
-    )
+KINDS: dict[str, Callable[[], Controller]] = {
+    "constant": lambda: Constant(1.0),
+    "entropy_guided": lambda: EntropyGuided(step_size=0.07, initial=0.37),
+    "stage_based": lambda: StageBased(30),
+    "epoch_wise": lambda: EpochWise(epochs=6, steps_per_epoch=5),
+    "linear": lambda: Linear(0.9, 0.2, 30),
+    "cosine": lambda: Cosine(-0.2, 0.9, 30),
+}
 
 
 def used_values(controller: Controller, signals: Sequence[float]) -> list[float]:
@@ -90,14 +92,33 @@ def test_epoch_wise_rises_at_each_epoch() -> None:
     assert (controller.saturated_low, controller.saturated_high) == (2, 4)
 
 
-def test_recipes() -> None:
-    signals = [0.3] * 12
-    assert used_values(build("none"), signals) == [1.0] * 12
-    assert used_values(build("par"), signals)[:3] == [0.0, 0.05, 0.1]
-    assert used_values(build("par_stage"), signals) == [*[0.0] * 6, *(k / 6 for k in range(1, 7))]
-    assert used_values(build("par_epoch"), signals) == [0.0] * 5 + [0.5] * 5 + [1.0] * 2
-    assert build("none").update(0.3) == 1.0
-    assert Constant(1.0).saturated_high == 0
+def test_ramps_end_in_their_last_step_and_hold() -> None:
+    # 0.1 + 0.6 k / 3; the cosine is (1 - cos(pi k / 3)) / 2 = 0, 1/4, 3/4, 1 of the way
+    assert used_values(Linear(0.1, 0.7, 4), [0.1] * 6) == [0.1, 0.3, 0.5, 0.7, 0.7, 0.7]
+    assert used_values(Cosine(0.1, 0.7, 4), [0.1] * 6) == pytest.approx([0.1, 0.25, 0.55, 0.7, 0.7, 0.7], abs=1e-15)
+    assert used_values(Linear(1.0, -1.0, 3), [0.1] * 4) == [1.0, 0.0, -1.0, -1.0]
+    falling = Cosine(1.0, 0.0, 2)
+    assert used_values(falling, [0.1] * 3) == [1.0, 0.0, 0.0]
+    assert (falling.bounds, falling.saturated_low, falling.saturated_high) == ((0.0, 1.0), 2, 1)
+    assert used_values(Linear(0.1, 0.7, 1), [0.1]) == [0.7]
+    for bad in (lambda: Linear(0.0, math.inf, 4), lambda: Cosine(math.nan, 0.0, 4), lambda: Linear(0.0, 1.0, 0)):
+        with pytest.raises(RLVRError, match=r"a (linear|cosine) course"):
+            bad()
+
+
+@pytest.mark.parametrize("course", [Linear, Cosine])
+@given(start=st.floats(-2, 2), end=st.floats(-2, 2), steps=st.integers(1, 15))
+def test_a_ramp_never_leaves_its_ends(
+    course: Callable[[float, float, int], Linear], start: float, end: float, steps: int
+) -> None:
+    low, high = course(start, end, steps).bounds or (math.nan, math.nan)
+    assert all(low <= value <= high for value in used_values(course(start, end, steps), [0.5] * 20))
+
+
+def test_a_constant_has_no_bounds_to_sit_at() -> None:
+    constant = Constant(1.0)
+    assert used_values(constant, [0.3] * 3) == [1.0] * 3
+    assert (constant.bounds, constant.band, constant.saturated_high) == (None, None, 0)
 
 
 @given(
@@ -119,14 +140,11 @@ def test_entropy_guided_equals_the_paper_within_rounding_and_keeps_its_bounds(
     assert (controller.saturated_low, controller.saturated_high) == (low, high)
 
 
-@given(
-    recipe=st.sampled_from(RECIPES),
-    signals=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=30),
-    cut=st.integers(0, 30),
-    step_size=st.floats(0.001, 1.0),
-)
-def test_resuming_at_any_step_changes_nothing(recipe: str, signals: list[float], cut: int, step_size: float) -> None:
-    uninterrupted, first, second = (build(recipe, step_size, 0.37, total_steps=30) for _ in range(3))
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40)
+@given(signals=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=30), cut=st.integers(0, 30))
+def test_resuming_at_any_step_changes_nothing(kind: str, signals: list[float], cut: int) -> None:
+    uninterrupted, first, second = (KINDS[kind]() for _ in range(3))
     whole = used_values(uninterrupted, signals)
     parts = used_values(first, signals[:cut])
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
@@ -135,10 +153,10 @@ def test_resuming_at_any_step_changes_nothing(recipe: str, signals: list[float],
     assert second.state_dict() == uninterrupted.state_dict()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("signal", [math.nan, math.inf, -math.inf])
-def test_non_finite_entropy_is_refused_and_changes_nothing(recipe: str, signal: float) -> None:
-    controller = build(recipe)
+def test_non_finite_entropy_is_refused_and_changes_nothing(kind: str, signal: float) -> None:
+    controller = KINDS[kind]()
     controller.update(0.3)
     before = controller.state_dict()
     with pytest.raises(RLVRError, match=f"entropy of step 1 is {signal}"):
@@ -146,41 +164,48 @@ def test_non_finite_entropy_is_refused_and_changes_nothing(recipe: str, signal: 
     assert controller.state_dict() == before
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_foreign_or_partial_state_is_refused(recipe: str) -> None:
-    controller = build(recipe)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_foreign_or_partial_state_is_refused(kind: str) -> None:
+    controller = KINDS[kind]()
     own = controller.state_dict()
-    for other in RECIPES:
-        if other != recipe:
-            with pytest.raises(RLVRError, match=f"needs {own['kind']}"):
-                controller.load_state_dict(build(other).state_dict())
+    for other in KINDS:
+        if other != kind:
+            with pytest.raises(RLVRError, match=f"needs {kind}"):
+                controller.load_state_dict(KINDS[other]().state_dict())
     del own["steps"]
     with pytest.raises(RLVRError, match="lacks steps"):
         controller.load_state_dict(own)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("build", "message"),
     [
-        ({"recipe": "par_stages"}, "use 'par_stage' or another"),
-        ({"recipe": "grpo"}, "is unknown; use 'par"),
-        ({"recipe": "par", "target": -0.1}, "target is -0.1"),
-        ({"recipe": "par", "target": math.nan}, "target is nan"),
-        ({"recipe": "par", "step_size": 0.0}, "step_size is 0.0"),
-        ({"recipe": "par", "step_size": math.nan}, "step_size is nan"),
-        ({"recipe": "par", "initial": 1.1}, "initial is 1.1"),
-        ({"recipe": "par_stage", "total_steps": 0}, "total_steps is 0"),
-        ({"recipe": "par_epoch", "steps_per_epoch": 0}, "steps_per_epoch is 0"),
-        ({"recipe": "par_epoch", "total_steps": 5}, "at least two epochs"),
+        (lambda: EntropyGuided(target=-0.1), "target is -0.1"),
+        (lambda: EntropyGuided(target=math.nan), "target is nan"),
+        (lambda: EntropyGuided(step_size=0.0), "step_size is 0.0"),
+        (lambda: EntropyGuided(step_size=math.nan), "step_size is nan"),
+        (lambda: EntropyGuided(initial=1.1), "initial is 1.1"),
+        (lambda: StageBased(0), "total_steps is 0"),
+        (lambda: EpochWise(epochs=2, steps_per_epoch=0), "steps_per_epoch is 0"),
+        (lambda: EpochWise(epochs=1, steps_per_epoch=5), "at least two epochs"),
     ],
 )
-def test_bad_settings_are_refused_in_words(change: dict[str, float], message: str) -> None:
-    settings = {"target": 0.2, "step_size": 0.05, "initial": 0.0, "total_steps": 12, "steps_per_epoch": 5, **change}
+def test_bad_settings_are_refused_in_words(build: Callable[[], Controller], message: str) -> None:
     with pytest.raises(RLVRError, match=message):
-        build_controller(**settings)  # type: ignore[arg-type]
+        build()
 
 
 def test_mean_entropy_is_a_ratio_and_needs_tokens() -> None:
     assert mean_entropy(3.0, 12) == 0.25
     with pytest.raises(RLVRError, match="covers 0 response tokens"):
         mean_entropy(0.0, 0)
+
+
+def test_the_sequence_mean_is_over_rows_with_tokens() -> None:
+    # rows of 2, 0 and 4 tokens: (1/2 + 2/4) / 2, where the token mean is 3/6
+    total, rows = sequence_sums(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([2, 0, 4]))
+    assert (total, rows) == (1.0, 2)
+    assert mean_entropy(total, rows) == 0.5
+    # a split over ranks adds up to the same sums
+    assert sequence_sums(torch.tensor([1.0]), torch.tensor([2])) == (0.5, 1)
+    assert sequence_sums(torch.zeros(0), torch.zeros(0)) == (0.0, 0)
