@@ -1,122 +1,142 @@
-r"""The policy loss: PPO's clipped surrogate with a weight on tokens of positive advantage.
-
-For a token with advantage A, ratio r = exp(logprob - old_logprob) and positive weight lambda
-
-    loss = - w A r',    w = lambda where A > 0, else 1,    r' = min(r, 1 + high) where A > 0, else max(r, 1 - low)
-
-which is PPO's -w min(r A, clip(r, 1 - low, 1 + high) A). Because the surrogate is linear in A on either side of 0, the
-weight equals scaling positive advantages after normalisation; lambda = 1 is GRPO and lambda = 0 trains on
-non-positive advantages alone.
-
-Sources: PPO, arXiv:1707.06347; separate clip widths, DAPO, arXiv:2503.14476; Positive-Advantage Reweighting,
-arXiv:2511.05993; the KL estimate k3, J. Schulman, "Approximating KL divergence", 2020.
-"""
+"""The policy loss: weights by sign and token, a surrogate, and what is added to it; see the package for the order."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
-from megatron_rlvr.core import RLVRError
-
-Metrics = dict[str, tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass(frozen=True, slots=True)
-class LossInputs:
-    """Token quantities of one micro-batch, all of one shape, padded or packed.
-
-    Attributes:
-        logprob: Log-probability (nats) of each token under the policy being trained; carries the gradient.
-        old_logprob: The same under the policy before this step's updates.
-        advantages: Advantage of each token's response, already normalised.
-        entropy: Entropy (nats) of the policy being trained at each token.
-        mask: True where a token takes part, bool. What the others hold, NaN and inf included, reaches nothing.
-
-    Raises:
-        ValueError: If the shapes differ or the mask is not bool.
-    """
-
-    logprob: torch.Tensor
-    old_logprob: torch.Tensor
-    advantages: torch.Tensor
-    entropy: torch.Tensor
-    mask: torch.Tensor
-
-    def __post_init__(self) -> None:
-        """Compare shapes before broadcasting can hide a mistake."""
-        for name in ("old_logprob", "advantages", "entropy", "mask"):
-            if (shape := getattr(self, name).shape) != self.logprob.shape:
-                raise ValueError(f"{name} has shape {list(shape)} but logprob has {list(self.logprob.shape)}")
-        if self.mask.dtype != torch.bool:
-            raise ValueError(f"mask must be bool, got {self.mask.dtype}")
+from megatron_rlvr.objective.inputs import LossInputs, LossOutputs
+from megatron_rlvr.objective.kl import KL_ESTIMATORS
+from megatron_rlvr.objective.settings import LossSettings
+from megatron_rlvr.objective.surrogates import Gain, gain, log_ratios, opsm_drops
 
 
-@dataclass(frozen=True, slots=True)
-class LossOutputs:
-    """The loss of each token and sums over them; a mean is taken after adding up micro-batches and ranks.
+def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
+    """Loss of each token.
 
-    Attributes:
-        losses: Loss of each token, of the inputs' shape, differentiable; 0 where masked out.
-        count: Number of masked-in tokens, 0-d int64.
-        metrics: Detached (sum, count) of each metric, 0-d float64 and int64.
-    """
+    With advantage A, gain g of the surrogate, and w the weight of the sign of A (strictly: A = 0 has neither) times the
+    token's weight,
 
-    losses: torch.Tensor
-    count: torch.Tensor
-    metrics: Metrics
+        loss = scale (-w A g + kl KL(trained || reference) + penalty |log p - old log p| - alpha bonus H)
 
-    @property
-    def loss_sum(self) -> torch.Tensor:
-        """Their sum, 0-d; over the global count it is the token mean of the global batch, however that was split."""
-        return self.losses.sum()
+    where a token with a penalty has its plain ratio for g.
 
+    Metrics, each over all masked-in tokens and without ``scale``: ``clip_fraction_high`` (A > 0 and ratio above
+    1 + clip_high), ``clip_fraction_low`` (A < 0 and ratio below 1 - clip_low; under ``gspo`` both of the sequence's
+    ratio), ``approx_kl`` (k3 estimate of KL(old || trained), nats), ``ratio``, ``policy_entropy`` (nats),
+    ``positive_fraction`` and ``negative_fraction`` (share of A > 0, A < 0). Where the inputs or settings that they
+    speak of are present also ``weight`` (w), ``opsm_fraction``, ``kl_reference`` (nats), ``penalty``,
+    ``entropy_bonus`` (alpha bonus H), and with ``entropy_slope``
 
-def policy_loss(inputs: LossInputs, *, clip_low: float, clip_high: float, positive_weight: float) -> LossOutputs:
-    """Clipped surrogate of each token, with ``positive_weight`` on tokens whose advantage is above 0.
+        entropy_drive/positive, /negative                      sum of slope times -dloss/dlogprob of the policy term
+        entropy_drive/withheld_positive, /withheld_negative    what the tokens that clipping silenced would have added
 
-    The metrics, each over all masked-in tokens: ``clip_fraction_high`` (A > 0 and r > 1 + clip_high),
-    ``clip_fraction_low`` (A < 0 and r < 1 - clip_low), ``approx_kl`` (k3 estimate of KL(old || trained), nats),
-    ``ratio``, ``policy_entropy`` (nats), ``positive_fraction`` and ``negative_fraction`` (share of A > 0, A < 0).
-
-    Args:
-        inputs: Token quantities.
-        clip_low: Width of the clip below ratio 1, in [0, 1]; 1 never clips.
-        clip_high: Width of the clip above ratio 1, not negative; ``inf`` never clips.
-        positive_weight: The weight lambda, finite and not negative.
+    for either sign of A, ``scale`` included: to first order the change of entropy by a unit step in the logits.
 
     Raises:
-        RLVRError: If a width or the weight is out of range.
+        ValueError: If the settings need a tensor that the inputs lack.
+
+    Source of the positive weight: Positive-Advantage Reweighting, arXiv:2511.05993.
     """
-    if not 0.0 <= clip_low <= 1.0 or not clip_high >= 0.0:
-        raise RLVRError(f"clip_low {clip_low} must lie in [0, 1] and clip_high {clip_high} must not be negative")
-    if not 0.0 <= positive_weight < math.inf:
-        raise RLVRError(f"positive_weight is {positive_weight} but a loss weight is finite and not negative")
     mask = inputs.mask
-    advantages = torch.where(mask, inputs.advantages.detach(), 0.0)
-    # Masking before the difference keeps NaN and inf of masked-out tokens away from the gradient as well.
-    log_ratio = torch.where(mask, inputs.logprob, 0.0) - torch.where(mask, inputs.old_logprob.detach(), 0.0)
-    log_high = math.log1p(clip_high)
-    log_low = math.log1p(-clip_low) if clip_low < 1.0 else -math.inf
-    positive, negative = advantages > 0, advantages < 0
-    weighted = torch.where(positive, positive_weight * advantages, advantages)
-    # Clipping the logarithm, and dropping tokens of no weight before exp, keeps an overflowing ratio out of the loss
-    # wherever it has no part in it; 0 * inf would be NaN.
-    clipped = torch.where(positive, log_ratio.clamp(max=log_high), log_ratio.clamp(min=log_low))
-    surrogate = torch.where(weighted != 0, clipped, 0.0).exp() * weighted
+    advantages = inputs.fixed("advantages")
+    log_ratio, clipped_ratio = log_ratios(inputs, settings)
+    weight = _weight(inputs, settings, advantages)
+    values: dict[str, torch.Tensor] = {}
+    if settings.opsm < math.inf:
+        dropped = opsm_drops(inputs, settings, log_ratio)
+        weight = weight.masked_fill(dropped, 0.0)
+        values["opsm_fraction"] = dropped
+    if inputs.weight is not None:
+        values["weight"] = weight
+    weighted = advantages * weight
+    # A token of no weight leaves before exp: 0 * inf would be NaN.
+    active = weighted != 0
+    surrogate = gain(
+        torch.where(active, clipped_ratio, 0.0), torch.where(active, inputs.logprob, 0.0), advantages > 0, settings
+    )
+    if inputs.penalty is not None:
+        surrogate = _unclipped(surrogate, torch.where(active, log_ratio, 0.0), inputs.fixed("penalty", 0.0) != 0)
+    losses = -weighted * surrogate.value
+    for name, (coefficient, term) in _added(inputs, settings, log_ratio).items():
+        values[name] = term
+        if coefficient != 0.0:
+            losses = losses + coefficient * term
+    scale = inputs.fixed("scale")
+    if inputs.scale is not None:
+        losses = losses * scale
+    values |= _token_values(inputs, settings, log_ratio.detach(), clipped_ratio.detach())
+    if inputs.entropy_slope is not None:
+        values |= _entropy_drive(surrogate, scale * weighted, inputs.fixed("entropy_slope"))
     count = mask.sum()
-    with torch.no_grad():
-        wide_log_ratio = log_ratio.double()
-        values = {
-            "clip_fraction_high": positive & (log_ratio > log_high),
-            "clip_fraction_low": negative & (log_ratio < log_low),
-            "approx_kl": wide_log_ratio.expm1() - wide_log_ratio,
-            "ratio": torch.where(mask, wide_log_ratio.exp(), 0.0),
-            "policy_entropy": torch.where(mask, inputs.entropy, 0.0),
-            "positive_fraction": positive,
-            "negative_fraction": negative,
-        }
-        metrics = {name: (value.sum(dtype=torch.float64), count) for name, value in values.items()}
-    return LossOutputs(losses=-surrogate, count=count, metrics=metrics)
+    metrics = {name: (value.detach().sum(dtype=torch.float64), count) for name, value in values.items()}
+    return LossOutputs(losses=losses, count=count, metrics=metrics)
+
+
+def _unclipped(surrogate: Gain, log_ratio: torch.Tensor, penalised: torch.Tensor) -> Gain:
+    """The gain with a free ratio where KL-Cov's penalty takes the place of the clip."""
+    ratio = torch.where(penalised, log_ratio, 0.0).exp()
+    return Gain(
+        torch.where(penalised, ratio, surrogate.value),
+        torch.where(penalised, ratio.detach(), surrogate.rate),
+        surrogate.withheld & ~penalised,
+    )
+
+
+def _weight(inputs: LossInputs, settings: LossSettings, advantages: torch.Tensor) -> torch.Tensor:
+    """Weight of each token in the policy term: that of its sign times its own; 0 where masked out."""
+    own = inputs.fixed("weight")
+    own = torch.where(advantages > 0, settings.positive_weight * own, own)
+    return torch.where(advantages < 0, settings.negative_weight * own, own)
+
+
+def _added(
+    inputs: LossInputs, settings: LossSettings, log_ratio: torch.Tensor
+) -> dict[str, tuple[float, torch.Tensor]]:
+    """The terms beside the surrogate, by their metric's name: a coefficient and a differentiable value."""
+    terms: dict[str, tuple[float, torch.Tensor]] = {}
+    if settings.kl > 0.0:
+        inputs.need("reference_logprob", "a positive kl")
+    if inputs.reference_logprob is not None:
+        difference = torch.where(inputs.mask, inputs.logprob, 0.0) - inputs.fixed("reference_logprob")
+        terms["kl_reference"] = settings.kl, KL_ESTIMATORS[settings.kl_estimator](difference)
+    if inputs.penalty is not None:
+        penalty = inputs.fixed("penalty")
+        terms["penalty"] = 1.0, penalty * torch.where(penalty != 0, log_ratio, 0.0).abs()
+    if settings.bonus != 0.0:
+        share = inputs.fixed("bonus")
+        entropy = inputs.entropy if inputs.nucleus_entropy is None else inputs.nucleus_entropy
+        terms["entropy_bonus"] = -1.0, settings.bonus * share * torch.where(share != 0, entropy, 0.0)
+    return terms
+
+
+def _token_values(
+    inputs: LossInputs, settings: LossSettings, log_ratio: torch.Tensor, clipped_ratio: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The metrics that every loss has, token by token."""
+    low, high = settings.log_clip
+    advantages = inputs.fixed("advantages")
+    positive, negative = advantages > 0, advantages < 0
+    wide = log_ratio.double()
+    return {
+        "clip_fraction_high": positive & (clipped_ratio > high),
+        "clip_fraction_low": negative & (clipped_ratio < low),
+        "approx_kl": wide.expm1() - wide,
+        "ratio": torch.where(inputs.mask, wide.exp(), 0.0),
+        "policy_entropy": inputs.fixed("entropy"),
+        "positive_fraction": positive,
+        "negative_fraction": negative,
+    }
+
+
+def _entropy_drive(surrogate: Gain, weighted: torch.Tensor, slope: torch.Tensor) -> dict[str, torch.Tensor]:
+    """First-order push of the policy term on the entropy, by sign of the advantage, and what clipping held back."""
+    push = weighted * surrogate.rate * slope
+    acting = torch.where(surrogate.withheld, 0.0, push)
+    withheld = torch.where(surrogate.withheld, push, 0.0)
+    drive: dict[str, torch.Tensor] = {}
+    for sign, side in (("positive", weighted > 0), ("negative", weighted < 0)):
+        drive[f"entropy_drive/{sign}"] = torch.where(side, acting, 0.0)
+        drive[f"entropy_drive/withheld_{sign}"] = torch.where(side, withheld, 0.0)
+    return drive

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from megatron_rlvr.vocab import rows as row_passes
 from megatron_rlvr.vocab.logits import FLOATS, check_targets, row_temperature
-from megatron_rlvr.vocab.rows import Backend
+from megatron_rlvr.vocab.nucleus import CutRows, check_share
+from megatron_rlvr.vocab.rows import Backend, Rows
 from megatron_rlvr.vocab.shards import Placement, place
 
 
@@ -29,6 +30,7 @@ class HeadCall:
     group: dist.ProcessGroup | None
     sequence_parallel: bool
     extras: bool
+    nucleus: float | None
     backend: Backend
     chunk_rows: int | None
 
@@ -56,6 +58,7 @@ def check_call(
     shard: range | torch.Tensor | None,
     sequence_parallel: bool,
     extras: bool,
+    nucleus: float | None,
     backend: Backend,
     chunk_rows: int | None,
 ) -> HeadCall:
@@ -80,6 +83,7 @@ def check_call(
             )
         count = len(rows)
     check_targets(targets, count, hidden)
+    check_share(nucleus)
     placement = place(shard, len(weight), group, vocab_size)
     return HeadCall(
         placement,
@@ -89,6 +93,7 @@ def check_call(
         group,
         sequence_parallel,
         extras,
+        nucleus,
         backend,
         chunk_rows,
     )
@@ -140,10 +145,15 @@ class Head:
         self.slices = list(call.slices(width, real_VH.device))
         largest = self.slices[0].stop
         chosen = row_passes.choose(call.backend, real_VH)
-        self.rows = row_passes.open_rows(chosen, largest, width, like=real_VH, grad_dtype=self._weight_VH.dtype)
+
+        def open_rows() -> Rows:
+            return row_passes.open_rows(chosen, largest, width, like=real_VH, grad_dtype=self._weight_VH.dtype)
+
+        self.rows = open_rows()
+        self.nucleus = None if call.nucleus is None else CutRows(open_rows(), call.nucleus, call.group)
 
     def fill(self, hidden_RH: torch.Tensor) -> None:
-        """Write the logits of a chunk of hidden states into the buffer of ``rows``."""
+        """Write the logits of a chunk of hidden states into the buffers of ``rows`` and ``nucleus``."""
         logits_RV = self.rows.logits[: len(hidden_RH)]
         if self._mixed:
             torch.ops.aten.mm.dtype_out(hidden_RH, self._weight_VH.t(), torch.float32, out=logits_RV)
@@ -151,6 +161,8 @@ class Head:
             torch.mm(hidden_RH.to(self._weight_VH.dtype), self._weight_VH.t(), out=logits_RV)
         if self._masked_V is not None:
             logits_RV.masked_fill_(self._masked_V, -torch.inf)
+        if self.nucleus is not None:
+            self.nucleus.fill(logits_RV)
 
     def hidden_gradient(self, grad_RV: torch.Tensor) -> torch.Tensor:
         """This rank's part of the gradient of a chunk's hidden states."""

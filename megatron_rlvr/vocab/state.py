@@ -69,22 +69,34 @@ class TokenStats:
             target's logit is ``-inf`` or its id lies outside the vocabulary.
         entropy: Entropy of the whole distribution in nats, same shape and dtype; never negative.
         extras: Further statistics where they were asked for, else ``None``.
+        nucleus_entropy: Entropy in nats of the distribution cut down to its nucleus and renormalised, same shape and
+            dtype as ``entropy``, where it was asked for, else ``None``; its gradient holds the nucleus fixed.
     """
 
     logprob: torch.Tensor
     entropy: torch.Tensor
     extras: TokenExtras | None = None
+    nucleus_entropy: torch.Tensor | None = None
 
     def flat(self) -> tuple[torch.Tensor, ...]:
-        """Its tensors in one tuple, as an autograd function has to return them."""
-        more = [] if self.extras is None else [getattr(self.extras, name) for name in TokenExtras.__slots__]
-        return self.logprob, self.entropy, *more
+        """Its tensors in one tuple, as an autograd function has to return them: differentiable ones come first."""
+        return *self.differentiable(), *self.constant()
+
+    def differentiable(self) -> tuple[torch.Tensor, ...]:
+        """Log-probability, entropy and, where there is one, nucleus entropy."""
+        nucleus = () if self.nucleus_entropy is None else (self.nucleus_entropy,)
+        return self.logprob, self.entropy, *nucleus
+
+    def constant(self) -> tuple[torch.Tensor, ...]:
+        """The tensors without gradients."""
+        return () if self.extras is None else tuple(getattr(self.extras, name) for name in TokenExtras.__slots__)
 
     @classmethod
-    def of(cls, values: tuple[torch.Tensor, ...]) -> TokenStats:
-        """The statistics whose `flat` is ``values``."""
+    def of(cls, values: tuple[torch.Tensor, ...], *, nucleus: bool) -> TokenStats:
+        """The statistics whose `flat` is ``values``; ``nucleus`` says whether the nucleus entropy is among them."""
         logprob, entropy, *more = values
-        return cls(logprob, entropy, TokenExtras(*more) if more else None)
+        nucleus_entropy = more.pop(0) if nucleus else None
+        return cls(logprob, entropy, TokenExtras(*more) if more else None, nucleus_entropy)
 
 
 class Moments(NamedTuple):

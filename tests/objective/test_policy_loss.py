@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rlvr.core import RLVRError
-from megatron_rlvr.objective import LossInputs, LossOutputs, policy_loss
+from megatron_rlvr.objective import LossInputs, LossOutputs, LossSettings, policy_loss
 
 INF = math.inf
 GARBAGE = [math.nan, INF, -INF, 1e38]
@@ -51,7 +51,7 @@ def random_inputs(seed: int, shape: tuple[int, ...] = (4, 9), masked: float = 0.
 
 def loss(inputs: LossInputs, low: float = 0.2, high: float = 0.28, weight: float = 1.0) -> LossOutputs:
     """The loss with DAPO's clip widths."""
-    return policy_loss(inputs, clip_low=low, clip_high=high, positive_weight=weight)
+    return policy_loss(inputs, LossSettings(clip_low=low, clip_high=high, positive_weight=weight))
 
 
 def gradient(outputs: LossOutputs, inputs: LossInputs) -> torch.Tensor:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_rlvr.vocab import TokenStats, linear_policy_loss, linear_token_stats, token_stats
 
 TOKENS, WIDTH, VOCAB = 23, 6, 20
+NUCLEUS = 0.7
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,12 @@ def ranked(stats: TokenStats, batch: Batch, rows: slice) -> torch.Tensor:
     return torch.where(chosen, ppo(stats, batch, rows), 0.0)
 
 
+def siren(stats: TokenStats, batch: Batch, rows: slice) -> torch.Tensor:
+    """Trains on the square of the nucleus entropy beside a policy loss."""
+    assert stats.nucleus_entropy is not None
+    return ppo(stats, batch, rows) + (stats.nucleus_entropy - 0.3).square() - 0.02 * stats.entropy
+
+
 @dataclass(frozen=True)
 class Problem:
     """Unsharded inputs of the head."""
@@ -120,6 +127,7 @@ class Problem:
     temperature: float | torch.Tensor = 1.0
     vocab_size: int | None = None
     rows: torch.Tensor | None = None
+    nucleus: float | None = None
 
 
 def make_problem(
@@ -169,14 +177,41 @@ class Result:
     collectives: tuple[int, int] = (0, 0)
 
 
+class Collectives(TorchDispatchMode):
+    """Counts the c10d operations issued inside, whichever Python function asked for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+def nucleus_of(scaled: torch.Tensor, share: float) -> torch.Tensor:
+    """Nucleus entropy of float64 scaled logits from a sort, differentiable by autograd through the cut softmax."""
+    ordered, _ = scaled.detach().sort(dim=-1, descending=True)
+    short = (ordered.softmax(-1).cumsum(-1) < share).sum(-1, keepdim=True)
+    lowest = ordered.gather(1, short.clamp(max=scaled.shape[1] - 1)) if share < 1.0 else -torch.inf
+    inside = (scaled >= lowest) & (scaled > -torch.inf)
+    logq = torch.where(inside, scaled.masked_fill(~inside, -torch.inf).log_softmax(-1), 0.0)
+    return -(logq.exp() * logq * inside).sum(-1)
+
+
 def by_autograd(problem: Problem, objective: Objective) -> Result:
     """Materialised logits, torch's own softmax and autograd, all in float64."""
     hidden = problem.hidden.double().clone().requires_grad_()
     weight = problem.weight.double().clone().requires_grad_()
     used = hidden if problem.rows is None else hidden[problem.rows]
     temperature = torch.as_tensor(problem.temperature, dtype=torch.float64).reshape(-1, 1)
-    logp = ((used @ weight.T)[:, : problem.vocab_size] / temperature).log_softmax(-1)
-    stats = TokenStats(logp.gather(1, problem.targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1))
+    scaled = (used @ weight.T)[:, : problem.vocab_size] / temperature
+    logp = scaled.log_softmax(-1)
+    stats = TokenStats(
+        logp.gather(1, problem.targets[:, None]).squeeze(1),
+        -(logp.exp() * logp).sum(-1),
+        nucleus_entropy=None if problem.nucleus is None else nucleus_of(scaled, problem.nucleus),
+    )
     batch = Batch(*(getattr(problem.batch, name) for name in Batch.__dataclass_fields__))
     loss = objective(stats, batch, slice(0, len(problem.targets))).sum()
     grads = torch.autograd.grad(loss, (hidden, weight))
@@ -205,12 +240,13 @@ def run(
     options: dict[str, Any] = {
         **{"group": group, "shard": shard, "sequence_parallel": sequence_parallel, "chunk_rows": chunk_rows},
         **{"temperature": problem.temperature, "vocab_size": problem.vocab_size, "rows": problem.rows},
+        **{"nucleus": problem.nucleus},
     }
 
     def token_loss(stats: TokenStats, rows: slice) -> torch.Tensor:
         return objective(stats, problem.batch, rows)
 
-    with profile() as forward:
+    with Collectives() as forward:
         if how == "stats":
             stats = linear_token_stats(hidden, weight, problem.targets, **options)
             loss = token_loss(stats, slice(0, len(problem.targets))).sum()
@@ -218,12 +254,12 @@ def run(
         else:
             out = linear_policy_loss(hidden, weight, problem.targets, token_loss, separable=how == "sweep", **options)
             loss, logprob, entropy = out.loss, out.logprob, out.entropy
-    with profile() as backward:
+    with Collectives() as backward:
         torch.autograd.backward(loss)
     assert hidden.grad is not None
     assert weight.grad is not None
-    counts = [sum(event.name.startswith("c10d::") for event in part.function_events) for part in (forward, backward)]
-    return Result(loss.detach(), logprob.detach(), entropy.detach(), hidden.grad, weight.grad, (counts[0], counts[1]))
+    counts = (forward.count, backward.count)
+    return Result(loss.detach(), logprob.detach(), entropy.detach(), hidden.grad, weight.grad, counts)
 
 
 # Cases of the run over real ranks: name, how, options of `run`; shards are given for 2 and 4 ranks.
@@ -250,10 +286,12 @@ def run_on_rank(group: dist.ProcessGroup) -> dict[str, Result]:
     """Every case of one rank in ``group``."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     problem, results = rank_problem(), {}
+    cut = replace(problem, nucleus=NUCLEUS)
     for kind in KINDS:
         shard = shards(kind, ranks)[rank]
         for how in ("sweep", "two_pass", "stats"):
             for split in (False, True):
                 results[f"{kind}-{how}-{split}"] = run(problem, everything, how, group, shard, split, chunk_rows=3)
+                results[f"nucleus-{kind}-{how}-{split}"] = run(cut, siren, how, group, shard, split, chunk_rows=3)
     results["gspo"] = run(problem, gspo, "two_pass", group)
     return results

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from head_shards import KINDS, by_autograd, everything, gspo, rank_problem, shards
+from head_shards import KINDS, NUCLEUS, Result, by_autograd, everything, gspo, rank_problem, shards, siren
 from torch.multiprocessing.spawn import start_processes
 from vocab_shards import oracle, rank_cases, run_case, run_rank
 
@@ -45,6 +46,10 @@ def test_sharded_equals_whole_and_oracle(results: Results, name: str, ranks: int
         torch.testing.assert_close(outcomes[0].entropy, whole.entropy, rtol=2e-6, atol=0.0)
         torch.testing.assert_close(outcomes[0].logprob.double(), truth.logprob, rtol=2e-6, atol=1e-6)
         torch.testing.assert_close(grad.double(), truth.grad, rtol=tolerance, atol=tolerance)
+        if case.nucleus is not None:
+            found = outcomes[0].nucleus_entropy
+            torch.testing.assert_close(found, whole.nucleus_entropy, rtol=2e-6, atol=1e-9)
+            torch.testing.assert_close(found.double(), truth.nucleus_entropy, rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -56,12 +61,16 @@ def test_every_rank_holds_the_same_bits(results: Results, name: str, ranks: int)
             other = results[rank][ranks, name]
             assert other.logprob.numpy().tobytes() == first.logprob.numpy().tobytes()
             assert other.entropy.numpy().tobytes() == first.entropy.numpy().tobytes()
+            if first.nucleus_entropy is not None:
+                assert other.nucleus_entropy.numpy().tobytes() == first.nucleus_entropy.numpy().tobytes()
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_one_collective_forward_and_none_backward(results: Results, name: str, ranks: int) -> None:
-    assert {results[rank][ranks, name].collectives for rank in range(4)} == {(1, 0)}
+    # A nucleus adds its all-gather and, but for the whole row, an all-reduce for each digit of its lowest logit.
+    more = {"nucleus_double": 1 + 6, "nucleus_plain": 1}.get(name, 1 + 3 if name.startswith("nucleus") else 0)
+    assert {results[rank][ranks, name].collectives for rank in range(4)} == {(1 + more, 0)}
 
 
 def test_unsharded_call_needs_no_process_group() -> None:
@@ -87,9 +96,15 @@ def whole_weight(parts: list[torch.Tensor], kind: str, ranks: int) -> torch.Tens
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharded_head_equals_autograd(results: Results, kind: str, how: str, split: bool, ranks: int) -> None:
-    truth = by_autograd(rank_problem(), everything)
+    case = f"{kind}-{how}-{split}"
+    assert_head_equals(results, case, by_autograd(rank_problem(), everything), kind, split, ranks)
+    truth = by_autograd(dataclasses.replace(rank_problem(), nucleus=NUCLEUS), siren)
+    assert_head_equals(results, f"nucleus-{case}", truth, kind, split, ranks)
+
+
+def assert_head_equals(results: Results, case: str, truth: Result, kind: str, split: bool, ranks: int) -> None:
     for team in teams(ranks):
-        got = [results[rank][ranks, f"head:{kind}-{how}-{split}"] for rank in team]
+        got = [results[rank][ranks, f"head:{case}"] for rank in team]
         torch.testing.assert_close(got[0].loss, truth.loss, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(got[0].logprob, truth.logprob, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(got[0].entropy, truth.entropy, rtol=1e-12, atol=1e-12)
@@ -126,3 +141,8 @@ def test_collectives_of_the_head(results: Results, kind: str, ranks: int) -> Non
     }
     for (how, split), counts in expected.items():
         assert results[0][ranks, f"head:{kind}-{how}-{split}"].collectives == counts, (how, split)
+        # In fp64 six all-reduces find the nuclei of a chunk. The sweep gathers their states for each chunk; two passes
+        # gather those once, but maxima for each chunk.
+        more = 3 * (6 + 1) if how == "sweep" else 3 * (6 + 1) + 1
+        cut = results[0][ranks, f"head:nucleus-{kind}-{how}-{split}"].collectives
+        assert cut == (counts[0] + more, counts[1]), (how, split)

@@ -29,7 +29,8 @@ def leaf(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def loss_of(stats: TokenStats) -> torch.Tensor:
     assert stats.extras is not None
     scale = stats.extras.collision + stats.extras.entropy_slope
-    return (-stats.logprob + 0.3 * stats.entropy) * scale
+    nucleus = 0.0 if stats.nucleus_entropy is None else 0.5 * stats.nucleus_entropy.square()
+    return (-stats.logprob + 0.3 * stats.entropy + nucleus) * scale
 
 
 def grads(loss: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor]:
@@ -41,8 +42,9 @@ def assert_equal(got: list[torch.Tensor], truth: list[torch.Tensor], rtol: float
         torch.testing.assert_close(value.double(), true.double(), rtol=rtol, atol=rtol)
 
 
+@pytest.mark.parametrize("nucleus", [None, 0.8])
 @pytest.mark.parametrize("reuse_logits", [False, True])
-def test_token_stats(reuse_logits: bool) -> None:
+def test_token_stats(reuse_logits: bool, nucleus: float | None) -> None:
     values, targets = draw(5, 1100, seed=1), torch.tensor([0, 3, 1090, 1099, -1], device=DEVICE)
     values[2, 7:1000] = -torch.inf
     temperature = torch.tensor([0.5, 1.0, 1.5, 2.0, 1.0], device=DEVICE)
@@ -55,6 +57,7 @@ def test_token_stats(reuse_logits: bool) -> None:
             temperature=temperature,
             vocab_size=1095,
             extras=True,
+            nucleus=nucleus,
             reuse_logits=reuse_logits,
             backend=backend,
         )
@@ -64,12 +67,13 @@ def test_token_stats(reuse_logits: bool) -> None:
     assert_equal(*results)
 
 
-def head_results(function: str, dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
+def head_results(function: str, dtype: torch.dtype, backend: str, nucleus: float | None) -> list[torch.Tensor]:
     hidden, weight = leaf(draw(9, 16, seed=2), dtype), leaf(draw(300, 16, seed=3), dtype)
     chosen = torch.tensor([8, 0, 3, 4, 6, 7, 2], device=DEVICE)
     targets = torch.tensor([0, 17, 290, 5, 5, 299, 31], device=DEVICE)
     active = (torch.tensor([1, 0, 1, 1, 0, 0, 1], device=DEVICE)).to(dtype)
     common = {"rows": chosen, "temperature": 0.7, "extras": True, "backend": backend, "chunk_rows": 3}
+    common["nucleus"] = nucleus
     if function == "linear_token_stats":
         stats = linear_token_stats(hidden, weight, targets, **common)
         return grads((loss_of(stats) * active).sum(), hidden, weight)
@@ -80,8 +84,9 @@ def head_results(function: str, dtype: torch.dtype, backend: str) -> list[torch.
     return grads(linear_policy_loss(hidden, weight, targets, token_loss, **common).loss, hidden, weight)
 
 
+@pytest.mark.parametrize("nucleus", [None, 0.8])
 @pytest.mark.parametrize("function", ["linear_token_stats", "linear_policy_loss"])
-def test_heads(function: str) -> None:
-    truth = head_results(function, torch.float64, "torch")
-    assert_equal(head_results(function, torch.float32, "triton"), truth)
-    assert_equal(head_results(function, torch.bfloat16, "triton"), truth, rtol=0.1)
+def test_heads(function: str, nucleus: float | None) -> None:
+    truth = head_results(function, torch.float64, "torch", nucleus)
+    assert_equal(head_results(function, torch.float32, "triton", nucleus), truth)
+    assert_equal(head_results(function, torch.bfloat16, "triton", nucleus), truth, rtol=0.1)

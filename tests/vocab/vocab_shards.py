@@ -5,15 +5,12 @@ The worker imports nothing of pytest, so that spawned ranks start quickly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from head_shards import Result, run_on_rank
-from torch.autograd.profiler import profile
-from torch.autograd.profiler_util import FunctionEvent
+from head_shards import Collectives, Result, nucleus_of, run_on_rank
 
 from megatron_rlvr.vocab import token_stats
 from megatron_rlvr.vocab.state import RowState, unpack
@@ -30,6 +27,8 @@ class Case:
     vocab_size: int | None
     grad_logprob: torch.Tensor
     grad_entropy: torch.Tensor
+    nucleus: float | None = None
+    grad_nucleus: torch.Tensor | None = None
 
 
 def make_case(
@@ -49,6 +48,12 @@ def make_case(
     )
 
 
+def with_nucleus(case: Case, share: float) -> Case:
+    """The same case with a nucleus entropy and a random upstream gradient of it."""
+    grad = torch.randn(len(case.grad_entropy), generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    return replace(case, nucleus=share, grad_nucleus=grad.to(case.grad_entropy.dtype))
+
+
 def rank_cases() -> dict[str, Case]:
     """The inputs of the multi-rank run; every width divides by 4."""
     generator = torch.Generator().manual_seed(7)
@@ -65,7 +70,7 @@ def rank_cases() -> dict[str, Case]:
     gulf[:, :8] -= 300.0
     gulf[:4] += 1e4
     gulf[4:] -= 1e4
-    return {
+    cases = {
         "plain": make_case(noise(33, 48)),
         "double": make_case(noise(9, 16).double(), temperature=0.7),
         "bfloat16": make_case(noise(20, 64).bfloat16(), temperature=1.3),
@@ -76,6 +81,9 @@ def rank_cases() -> dict[str, Case]:
         "gulf": make_case(gulf),
         "no_rows": make_case(noise(0, 16)),
     }
+    shares = {"double": 0.7, "bfloat16": 0.9, "row_temperature": 0.5, "padded": 0.8, "impossible": 0.8, "plain": 1.0}
+    shares |= {"peaked": 0.95, "gulf": 0.8, "no_rows": 0.8}
+    return cases | {f"nucleus_{name}": with_nucleus(cases[name], share) for name, share in shares.items()}
 
 
 @dataclass(frozen=True)
@@ -86,27 +94,32 @@ class Outcome:
     entropy: torch.Tensor
     grad: torch.Tensor
     collectives: tuple[int, int]
-
-
-def collectives(events: Iterable[FunctionEvent]) -> int:
-    """How many c10d operations were issued, whichever Python function asked for them."""
-    return sum(event.name.startswith("c10d::") for event in events)
+    nucleus_entropy: torch.Tensor | None = None
 
 
 def run_case(case: Case, group: dist.ProcessGroup | None = None) -> Outcome:
     """Run one case on this rank's shard, forward and backward."""
     ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     shard = case.logits.chunk(ranks, dim=1)[rank].clone().requires_grad_()
-    with profile() as forward:
-        stats = token_stats(shard, case.targets, group=group, temperature=case.temperature, vocab_size=case.vocab_size)
-    with profile() as backward:
-        torch.autograd.backward([stats.logprob, stats.entropy], [case.grad_logprob, case.grad_entropy])
+    with Collectives() as forward:
+        stats = token_stats(
+            shard,
+            case.targets,
+            group=group,
+            temperature=case.temperature,
+            vocab_size=case.vocab_size,
+            nucleus=case.nucleus,
+        )
+    upstream = [case.grad_logprob, case.grad_entropy, *([] if case.grad_nucleus is None else [case.grad_nucleus])]
+    with Collectives() as backward:
+        torch.autograd.backward(stats.differentiable(), upstream)
     assert shard.grad is not None
     return Outcome(
         stats.logprob.detach(),
         stats.entropy.detach(),
         shard.grad,
-        (collectives(forward.function_events), collectives(backward.function_events)),
+        (forward.count, backward.count),
+        None if stats.nucleus_entropy is None else stats.nucleus_entropy.detach(),
     )
 
 
@@ -143,5 +156,10 @@ def oracle(case: Case) -> Outcome:
     finite = torch.where(possible, logp, 0.0)
     entropy = -(finite.exp() * finite * possible).sum(dim=-1)
     loss_terms = torch.where(logprob > -torch.inf, logprob, 0.0) * case.grad_logprob + entropy * case.grad_entropy
+    nucleus_entropy = None
+    if case.nucleus is not None and case.grad_nucleus is not None:
+        nucleus_entropy = nucleus_of(real / temperature, case.nucleus)
+        loss_terms = loss_terms + nucleus_entropy * case.grad_nucleus
+        nucleus_entropy = nucleus_entropy.detach()
     (grad,) = torch.autograd.grad(loss_terms.sum(), logits)
-    return Outcome(logprob.detach(), entropy.detach(), grad, (0, 0))
+    return Outcome(logprob.detach(), entropy.detach(), grad, (0, 0), nucleus_entropy)
