@@ -1,6 +1,7 @@
 # make demo  - both training runs of the demo, then the figure and its summary
 # make test  - lint, types and all tests
 # Both set up .venv first, from PyPI alone, and do nothing where that is done already.
+# make sglang - SGLang without CUDA in .venv/sglang (1.7 GB), where rollouts and tests find it
 #
 # On Linux PyPI's torch is the CUDA build (several GB). For the small CPU build:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN := $(BIN)/megatron-rlvr train examples/countdown/demo.yaml
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint setup sglang clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/installed
@@ -35,6 +36,26 @@ $(VENV)/megatron-core-0.19.2: | $(VENV)/installed
 # Triton lies apart from the installed packages, which behave differently where they find it.
 $(VENV)/triton: | $(VENV)/installed
 	@$(PIP) --no-deps --target $@ triton==3.9.0
+
+# SGLang's server in an environment of its own, with what it imports: the rest of its dependencies (4 GB) is for CUDA.
+# patches/README.md says what the .pth file is for.
+SGLANG := $(VENV)/sglang
+SGLANG_PIP := $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check
+SGLANG_STUBS := $(CURDIR)/patches/sglang_cpu
+
+sglang: $(SGLANG)/installed
+
+$(SGLANG)/installed: patches/sglang_cpu/requirements.txt patches/sglang_cpu/requirements-no-deps.txt
+	@test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
+	@echo "sglang 1/2: torch (a minute or two the first time)"
+	@$(SGLANG_PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@echo "sglang 2/2: SGLang, its router and what they import"
+	@$(SGLANG_PIP) --no-deps --requirement patches/sglang_cpu/requirements-no-deps.txt
+	@$(SGLANG_PIP) --requirement patches/sglang_cpu/requirements.txt
+	@$(SGLANG)/bin/python -c 'import sys, sysconfig; from pathlib import Path; \
+		pth = Path(sysconfig.get_path("purelib"), "sglang_cpu.pth"); \
+		pth.write_text(sys.argv[1] + "\nimport sglang_cpu_stubs\n")' $(SGLANG_STUBS)
+	@touch $@
 
 demo: $(VENV)/installed
 	@echo "demo 1/3: plain GRPO"

@@ -1,4 +1,4 @@
-"""The command line: ``megatron-rlvr train | report | keys``."""
+"""The command line: ``megatron-rlvr train | report | convert | keys``."""
 
 from __future__ import annotations
 
@@ -26,9 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if config is not None:
             return _train(config)
-        from megatron_rlvr.report.report import write_report
+        if parsed.command == "convert":
+            from megatron_rlvr.training.convert import convert
 
-        print(write_report(parsed.runs, parsed.output))
+            print(convert(parsed.source, parsed.output))
+        else:
+            from megatron_rlvr.report.report import write_report
+
+            print(write_report(parsed.runs, parsed.output))
     except (RLVRError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -44,6 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="figures and a summary of one or several runs")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run directories, the baseline first")
     report.add_argument("--output", metavar="DIR", help="where to write; default: the first run's directory")
+    convert = commands.add_parser("convert", help="write a run's checkpoint as a Hugging Face model")
+    convert.add_argument(
+        "source", metavar="RUN", help="run directory (its newest checkpoint) or RUN/checkpoints/step_N"
+    )
+    convert.add_argument("output", metavar="OUT", help="directory to write")
     commands.add_parser("keys", help="list every configuration key with its default")
     return parser
 

@@ -18,9 +18,33 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-RECIPES = ("none", "par", "par_stage", "par_epoch")
+RECIPES = (
+    *("none", "par", "par_pi", "par_stage", "par_epoch", "fixed", "w_reinforce", "nsr", "psr"),
+    *("ada_ent_reg", "bonus", "siren", "entropic", "entrocraft", "stare", "temperature_pi"),
+    *("clip_higher", "gppo", "clip_cov", "kl_cov", "rand_pos_clip", "top_entropy", "entropy_advantage", "asym_grpo"),
+    *("a3po", "steer", "repo_r"),
+)
+SIGNALS = ("rollout", "policy", "sequence", "nucleus")
+ESTIMATORS = (
+    *("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "pass_at_k", "unlikeliness", "outcome"),
+    "asym_grpo",
+)
+SURROGATES = ("ppo", "cispo", "gspo", "gppo", "none")
+AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+MISMATCHES = ("none", "tis", "icepop", "mis_token", "mis_sequence", "mis_geometric")
 ENGINES = ("embedded",)
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp8")
+# Keys of `PolicyConfig` that say which rank computes what and in which order; the numbers depend on them by rounding.
+LAYOUT = (
+    *("tensor_parallel", "sequence_parallel", "pipeline_parallel", "virtual_pipeline", "context_parallel"),
+    *("data_parallel", "micro_batch", "micro_batch_tokens"),
+)
+# The same of `PolicyConfig.megatron`: pipelines that Megatron-Core does not cut into equal parts.
+PIPELINE_SPLIT = (
+    *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+)
 LR_SCHEDULES = ("constant", "cosine")
 _REQUIRED = "???"  # OmegaConf's mark of a value that has to be given
 
@@ -43,6 +67,7 @@ class RunConfig:
     steps: int = _key(400, "rollout steps")
     seed: int = _key(0, "fixes prompt order, sampling and mini-batches, whatever the layout")
     checkpoint_every: int = _key(20, "steps between checkpoints; the last step is always saved")
+    async_checkpoint: bool = _key(False, "write checkpoints in the background, from a copy of the state in host memory")
     checkpoints_kept: int = _key(2, "older checkpoints are removed")
 
 
@@ -71,10 +96,15 @@ class PolicyConfig:
     """The trained model and its parallel layout."""
 
     model: str = _key(_REQUIRED, "Hugging Face model directory (config.json, *.safetensors, tokenizer)")
-    tensor_parallel: int = _key(1, "ranks that share one copy of the model")
-    data_parallel: int = _key(1, "copies of the model; ranks = tensor_parallel x data_parallel")
-    precision: str = _key("fp32", f"one of {', '.join(PRECISIONS)}")
-    micro_batch: int = _key(8, "rows per forward pass of one data-parallel rank")
+    tensor_parallel: int = _key(1, "ranks that share every layer")
+    sequence_parallel: bool = _key(False, "tensor-parallel ranks share the activations between their layers, too")
+    pipeline_parallel: int = _key(1, "stages that the layers are split over")
+    virtual_pipeline: int = _key(1, "chunks of layers on each stage; above 1 their schedule is interleaved")
+    context_parallel: int = _key(1, "ranks that share every sequence")
+    data_parallel: int = _key(1, "copies; ranks = tensor x pipeline x context x data_parallel")
+    precision: str = _key("fp32", f"one of {', '.join(PRECISIONS)}; policy.megatron.fp8_recipe chooses a scaling")
+    micro_batch: int = _key(8, "most rows per forward pass of one data-parallel rank")
+    micro_batch_tokens: int = _key(0, "most tokens per forward pass, rows packed; 0 pads micro_batch rows instead")
     learning_rate: float = _key(1e-6, "peak learning rate of Adam")
     lr_schedule: str = _key("cosine", f"one of {', '.join(LR_SCHEDULES)}; cosine falls to 0 at the last step")
     megatron: dict[str, Any] = _key({}, "passed to Megatron-Core's TransformerConfig, OptimizerConfig or DDP config")
@@ -82,22 +112,40 @@ class PolicyConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The clipped policy-gradient objective (token-mean over the global batch) and its off-policy updates."""
+    """The policy-gradient objective, in the order of composition, and its off-policy updates."""
 
+    advantages: str = _key("", f"one of {', '.join(ESTIMATORS)}; empty: what the recipe needs, else grpo")
+    advantage_options: dict[str, Any] = _key({}, "options of that estimator, such as k of pass_at_k")
+    whiten: bool = _key(False, "normalise advantages over the batch's tokens before their sign is decided")
+    mismatch: str = _key("none", f"weight of trainer over engine probability: one of {', '.join(MISMATCHES)}")
+    mismatch_options: dict[str, Any] = _key({}, "options of that correction, such as its bounds")
+    surrogate: str = _key("", f"one of {', '.join(SURROGATES)}; empty: what the recipe needs, else ppo")
+    surrogate_options: dict[str, Any] = _key({}, "options of the loss, such as dual_clip or opsm")
     clip_low: float = _key(0.2, "the ratio is clipped from below at 1 - clip_low")
     clip_high: float = _key(0.2, "the ratio is clipped from above at 1 + clip_high")
+    kl: float = _key(0.0, "coefficient of the KL divergence to the model that training started from; 0 for none")
+    kl_estimator: str = _key("k3", f"one of {', '.join(KL_ESTIMATORS)}")
+    aggregation: str = _key(
+        "token_mean", f"over the global mini-batch: one of {', '.join(AGGREGATIONS)} (length: rollout.max_new_tokens)"
+    )
     minibatches: int = _key(4, "optimizer updates per pass over a rollout batch (N of the paper)")
     epochs: int = _key(1, "passes over a rollout batch")
 
 
 @dataclass(frozen=True)
 class EntropyConfig:
-    """Entropy control: which recipe sets the weight of positive-advantage tokens."""
+    """Entropy control: a recipe names signal, controller and actuator."""
 
     recipe: str = _key("par", f"one of {', '.join(RECIPES)}; none is plain GRPO")
-    target: float = _key(0.2, "entropy (nats per token) that par steers to")
-    step: float = _key(0.05, "change of the positive weight per step under par")
-    initial: float = _key(0.0, "positive weight of the first step under par")
+    target: str = _key(
+        "",
+        "nats per token ('0.2'), share of the first step's ('75%'), or a way between ('0.5 -> 0.2'); empty: recipe's",
+    )
+    signal: str = _key("", f"entropy that steers: one of {', '.join(SIGNALS)}; empty: the recipe's, mostly rollout")
+    ema: float = _key(0.0, "share of the past in the smoothed signal; 0 for none")
+    options: dict[str, Any] = _key({}, "options of the recipe, see docs/entropy.md")
+    alarm_after: int = _key(20, "steps at a bound with the entropy on the wrong side until the log says so")
+    fallback_after: int = _key(0, "such steps until an adaptive entropy bonus helps; 0 for never")
 
 
 @dataclass(frozen=True)
@@ -139,7 +187,8 @@ class Config:
     @property
     def world_size(self) -> int:
         """Number of trainer ranks."""
-        return self.policy.tensor_parallel * self.policy.data_parallel
+        policy = self.policy
+        return policy.tensor_parallel * policy.pipeline_parallel * policy.context_parallel * policy.data_parallel
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -208,8 +257,8 @@ def _types() -> dict[str, str]:
 
 
 def _type_name(key: str) -> str:
-    names = {"int": "a whole number", "float": "a number", "str": "text", "dict[str, Any]": "a mapping"}
-    return names[_types()[key]]
+    names = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
+    return names.get(_types()[key], "a mapping")
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -262,7 +311,9 @@ def _check_ranges(config: Config) -> None:
     positive = (
         *("run.steps", "run.checkpoint_every", "run.checkpoints_kept", "rollout.prompts", "rollout.max_new_tokens"),
         *("rollout.temperature", "rollout.prompts_per_call", "policy.tensor_parallel", "policy.data_parallel"),
-        *("policy.micro_batch", "policy.learning_rate", "objective.minibatches", "objective.epochs", "entropy.step"),
+        *("policy.pipeline_parallel", "policy.virtual_pipeline", "policy.context_parallel"),
+        *("policy.micro_batch", "policy.learning_rate", "objective.minibatches", "objective.epochs"),
+        "entropy.alarm_after",
         *("verify.deadline_s", "evaluation.prompts", "evaluation.samples"),
     )
     for key in positive:
@@ -271,11 +322,12 @@ def _check_ranges(config: Config) -> None:
     bounded = {
         "objective.clip_low": (0.0, 1.0),
         "objective.clip_high": (0.0, math.inf),
-        "entropy.target": (0.0, math.inf),
-        "entropy.step": (0.0, 1.0),
-        "entropy.initial": (0.0, 1.0),
+        "objective.kl": (0.0, math.inf),
+        "entropy.ema": (0.0, 1.0),
+        "entropy.fallback_after": (0, math.inf),
         "verify.max_infra_error_share": (0.0, 1.0),
         "evaluation.every": (0, math.inf),
+        "policy.micro_batch_tokens": (0, math.inf),
         "run.seed": (0, 2**31),
     }
     for key, (low, high) in bounded.items():
@@ -285,7 +337,13 @@ def _check_ranges(config: Config) -> None:
         "rollout.engine": ENGINES,
         "policy.precision": PRECISIONS,
         "policy.lr_schedule": LR_SCHEDULES,
+        "objective.advantages": ("", *ESTIMATORS),
+        "objective.mismatch": MISMATCHES,
+        "objective.surrogate": ("", *SURROGATES),
+        "objective.kl_estimator": KL_ESTIMATORS,
+        "objective.aggregation": AGGREGATIONS,
         "entropy.recipe": RECIPES,
+        "entropy.signal": ("", *SIGNALS),
     }
     for key, allowed in choices.items():
         if _get(config, key) not in allowed:
@@ -311,5 +369,27 @@ def _check_combinations(config: Config) -> None:
             f"a mini-batch of {rows} rows (rollout.prompts / objective.minibatches x rollout.samples_per_prompt) does "
             f"not split over policy.data_parallel={policy.data_parallel}; make it a multiple"
         )
+    _check_layout(policy, rows)
     if config.evaluation.every and not config.data.heldout:
         raise ConfigError(f"evaluation.every={config.evaluation.every} needs data.heldout; name its prompts there")
+
+
+def _check_layout(policy: PolicyConfig, rows: int) -> None:
+    if policy.sequence_parallel and policy.tensor_parallel == 1:
+        raise ConfigError(
+            "policy.sequence_parallel=true needs policy.tensor_parallel above 1, whose ranks it splits sequences over; "
+            "set it to false"
+        )
+    if policy.virtual_pipeline == 1:
+        return
+    if policy.pipeline_parallel == 1:
+        raise ConfigError(
+            f"policy.virtual_pipeline={policy.virtual_pipeline} interleaves the stages of a pipeline; set "
+            "policy.pipeline_parallel above 1 or policy.virtual_pipeline=1"
+        )
+    if rows // policy.data_parallel < policy.pipeline_parallel:
+        raise ConfigError(
+            f"policy.virtual_pipeline={policy.virtual_pipeline} needs a micro-batch for each of the "
+            f"{policy.pipeline_parallel} stages, but a mini-batch has {rows // policy.data_parallel} rows per "
+            "data-parallel rank; raise rollout.prompts or lower policy.pipeline_parallel"
+        )

@@ -84,7 +84,9 @@ class Sample:
         logprobs: The engine's log-probability (nats) of each response token, same length as ``response_ids``.
         text: The decoded response without special tokens; this is what the verifier sees.
         finish_reason: Why generation ended.
-        weight_version: Version of the weights that made the response.
+        weight_version: Version of the weights that made the response; its oldest token's where they changed meanwhile.
+        version_spans: ``(version, start, end)`` for consecutive runs of response tokens, where an engine reports them;
+            empty means ``weight_version`` throughout.
     """
 
     group: int
@@ -94,6 +96,7 @@ class Sample:
     text: str
     finish_reason: FinishReason
     weight_version: int
+    version_spans: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,25 +2,34 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_rlvr import config as configuration
 from megatron_rlvr.config import Config, ConfigError, config_keys, differences, load_config, save_config
+from megatron_rlvr.entropy import RECIPES, EntropyGuided, RunPlan, SignalKind, build_recipe
+from megatron_rlvr.objective import AGGREGATIONS, ESTIMATORS, MISMATCHES
+from megatron_rlvr.objective.kl import KL_ESTIMATORS
+from megatron_rlvr.objective.settings import SURROGATE_NAMES
 
 REQUIRED = ("run.dir=r", "data.train=countdown:train", "policy.model=m")
 
 # Adding, renaming or removing a key is a decision: it changes this list, the README and the CHANGELOG.
 KEYS = """
-run.dir run.steps run.seed run.checkpoint_every run.checkpoints_kept
+run.dir run.steps run.seed run.checkpoint_every run.async_checkpoint run.checkpoints_kept
 data.train data.heldout
 rollout.engine rollout.prompts rollout.samples_per_prompt rollout.max_new_tokens rollout.temperature
 rollout.prompts_per_call
-policy.model policy.tensor_parallel policy.data_parallel policy.precision policy.micro_batch policy.learning_rate
-policy.lr_schedule policy.megatron
-objective.clip_low objective.clip_high objective.minibatches objective.epochs
-entropy.recipe entropy.target entropy.step entropy.initial
+policy.model policy.tensor_parallel policy.sequence_parallel policy.pipeline_parallel policy.virtual_pipeline
+policy.context_parallel policy.data_parallel policy.precision policy.micro_batch policy.micro_batch_tokens
+policy.learning_rate policy.lr_schedule policy.megatron
+objective.advantages objective.advantage_options objective.whiten objective.mismatch objective.mismatch_options
+objective.surrogate objective.surrogate_options objective.clip_low objective.clip_high objective.kl
+objective.kl_estimator objective.aggregation objective.minibatches objective.epochs
+entropy.recipe entropy.target entropy.signal entropy.ema entropy.options entropy.alarm_after entropy.fallback_after
 verify.url verify.deadline_s verify.max_infra_error_share
 evaluation.every evaluation.prompts evaluation.samples
 """.split()  # noqa: SIM905 - one section per line
@@ -28,6 +37,17 @@ evaluation.every evaluation.prompts evaluation.samples
 
 def test_the_key_list_is_frozen():
     assert list(config_keys()) == KEYS
+
+
+def test_the_names_are_those_of_the_rooms():
+    """The configuration, which must not import torch, spells them out."""
+    assert sorted(configuration.RECIPES) == sorted(RECIPES)
+    assert get_args(SignalKind) == configuration.SIGNALS
+    assert tuple(ESTIMATORS) == configuration.ESTIMATORS
+    assert sorted(SURROGATE_NAMES) == sorted(configuration.SURROGATES)
+    assert AGGREGATIONS == configuration.AGGREGATIONS
+    assert tuple(KL_ESTIMATORS) == configuration.KL_ESTIMATORS
+    assert ("none", *MISMATCHES) == configuration.MISMATCHES
 
 
 def test_every_key_is_explained():
@@ -39,10 +59,10 @@ def test_the_defaults_are_the_papers_settings():
     assert (config.rollout.prompts, config.rollout.samples_per_prompt, config.rollout.temperature) == (256, 16, 1.0)
     assert (config.objective.minibatches, config.objective.epochs) == (4, 1)
     assert (config.objective.clip_low, config.objective.clip_high) == (0.2, 0.2)
-    assert (config.entropy.recipe, config.entropy.target, config.entropy.step, config.entropy.initial) == (
-        *("par", 0.2),
-        *(0.05, 0.0),
-    )
+    assert (config.entropy.recipe, config.entropy.target, config.entropy.options) == ("par", "", {})
+    recipe = build_recipe("par", RunPlan(total_steps=400, steps_per_epoch=68))
+    guided = EntropyGuided(target=0.2, step_size=0.05, initial=0.0)
+    assert recipe.control.controller.state_dict() == guided.state_dict()
     assert (config.policy.learning_rate, config.policy.lr_schedule) == (1e-6, "cosine")
 
 
@@ -67,13 +87,17 @@ def test_the_defaults_are_the_papers_settings():
         ("rollout.temperature=nan", "rollout.temperature is nan; it has to be above 0"),
         ("rollout.temperature=inf", "rollout.temperature is inf"),
         ("objective.clip_low=1.5", "objective.clip_low is 1.5; it has to lie between 0.0 and 1.0"),
-        ("entropy.initial=-1", "entropy.initial is -1"),
-        ("entropy.recipe=pra", "it is one of none, par, par_stage, par_epoch (nearest: par)"),
+        ("entropy.ema=-1", "entropy.ema is -1"),
+        ("entropy.recipe=part", "it is one of none, par, par_pi, par_stage"),
+        ("entropy.recipe=part", "(nearest: par)"),
+        ("objective.surrogate=pppo", "(nearest: ppo)"),
         ("policy.precision=fp64", "it is one of fp32, bf16"),
         ("rollout.engine=vllm", "it is one of embedded"),
         ("objective.minibatches=3", "rollout.prompts=256 does not split into objective.minibatches=3"),
         ("rollout.samples_per_prompt=1", "needs at least 2"),
         ("policy.data_parallel=3", "does not split over policy.data_parallel=3"),
+        ("policy.sequence_parallel=true", "needs policy.tensor_parallel above 1"),
+        ("policy.virtual_pipeline=2", "set policy.pipeline_parallel above 1 or policy.virtual_pipeline=1"),
         ("evaluation.every=5", "needs data.heldout"),
     ],
 )

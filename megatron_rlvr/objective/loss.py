@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.nn.functional import huber_loss
 
 from megatron_rlvr.objective.inputs import LossInputs, LossOutputs
 from megatron_rlvr.objective.kl import KL_ESTIMATORS
 from megatron_rlvr.objective.settings import LossSettings
 from megatron_rlvr.objective.surrogates import Gain, gain, log_ratios, opsm_drops
+
+# Nats within which |log r| is rounded off: before the first update log r is a rounding error, whose sign would else
+# be a gradient of full strength.
+KINK = 1e-2
 
 
 def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
@@ -18,9 +23,10 @@ def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
     With advantage A, gain g of the surrogate, and w the weight of the sign of A (strictly: A = 0 has neither) times the
     token's weight,
 
-        loss = scale (-w A g + kl KL(trained || reference) + penalty |log p - old log p| - alpha bonus H)
+        loss = scale (-w A g + kl KL(trained || reference) + penalty |log p - old log p|_KINK - alpha bonus H)
 
-    where a token with a penalty has its plain ratio for g.
+    where a token with a penalty has its plain ratio for g, and |x|_KINK is x^2 / (2 KINK) within KINK, |x| - KINK / 2
+    beyond.
 
     Metrics, each over all masked-in tokens and without ``scale``: ``clip_fraction_high`` (A > 0 and ratio above
     1 + clip_high), ``clip_fraction_low`` (A < 0 and ratio below 1 - clip_low; under ``gspo`` both of the sequence's
@@ -103,7 +109,11 @@ def _added(
         terms["kl_reference"] = settings.kl, KL_ESTIMATORS[settings.kl_estimator](difference)
     if inputs.penalty is not None:
         penalty = inputs.fixed("penalty")
-        terms["penalty"] = 1.0, penalty * torch.where(penalty != 0, log_ratio, 0.0).abs()
+        apart = torch.where(penalty != 0, log_ratio, 0.0)
+        terms["penalty"] = (
+            1.0,
+            penalty * huber_loss(apart, torch.zeros_like(apart), reduction="none", delta=KINK) / KINK,
+        )
     if settings.bonus != 0.0:
         share = inputs.fixed("bonus")
         entropy = inputs.entropy if inputs.nucleus_entropy is None else inputs.nucleus_entropy

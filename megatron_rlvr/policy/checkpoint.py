@@ -1,11 +1,9 @@
-"""The policy's part of a checkpoint: Megatron's distributed format, and the Hugging Face export."""
+"""The policy's part of a checkpoint, in Megatron's distributed format."""
 
 from __future__ import annotations
 
-import json
-import os
 import queue
-import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,77 +12,132 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from safetensors.torch import save_file
 
+from megatron_rlvr.config import LAYOUT, PIPELINE_SPLIT
 from megatron_rlvr.core import RLVRError
 from megatron_rlvr.policy.policy import Policy
 
-_HF_FILES = (
-    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
-    *("special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"),
-)
+_DISTRIBUTED = "megatron.use_distributed_optimizer"
+# How a distributed optimizer's share is written: under the parameters' names, so that another layout can read it.
+_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class Saving:
+    """A checkpoint that a thread of every rank writes from copies of its state; `finish` makes it one."""
+
+    def __init__(self, policy: Policy, directory: Path) -> None:
+        """Copy weights, optimizer, schedule and this rank's RNG, and begin to write them; a collective call.
+
+        Args:
+            policy: May go on training.
+            directory: Exists and is empty but for the caller's files.
+        """
+        if dist.get_rank() == 0:
+            (directory / "policy").mkdir()
+        dist.barrier()
+        torch.save(_rng_state(), directory / _rng_file())
+        # The results never leave this process. Megatron's default is a queue in a manager process, which takes seconds
+        # to start and stays behind for good when this rank is killed.
+        filesystem_async._results_queue = queue.Queue()
+        state = _sharded_state(policy, is_loading=False)
+        request = dist_checkpointing.save(state, str(directory / "policy"), async_sharded_save=True)
+        self._finalize = request.finalize_fns
+        write = request.async_fn or _nothing  # a rank may have nothing that no other one has
+        arguments = list(request.async_fn_args)
+        if request.preload_fn is not None:
+            arguments[1] = _copied(request.preload_fn(), of=arguments[1])
+        self._thread = threading.Thread(target=write, args=arguments, name=f"save {directory}")
+        self._thread.start()
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written its part, or failed to; `finish` does not wait then."""
+        return not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait for all ranks and write the index of their parts; a collective call.
+
+        Raises:
+            torch.distributed.checkpoint.api.CheckpointException: If a rank could not write its part.
+        """
+        self._thread.join()
+        dist.barrier()
+        for finalize in self._finalize:
+            finalize()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _copied(buckets: Any, of: Any) -> list[Any]:
+    """Megatron's write buckets, with copies of those tensors that are still the trained ones, as CPU tensors are."""
+    copied = []
+    for (file, key, (others, tensors)), (_, _, (_, trained)) in zip(buckets, of, strict=True):
+        pairs = zip(tensors, trained, strict=True)
+        own = [(item, new.clone() if new.data_ptr() == old.data_ptr() else new) for (item, new), (_, old) in pairs]
+        copied.append((file, key, (others, own)))
+    return copied
 
 
 def save_policy(policy: Policy, directory: Path) -> None:
     """Write weights, optimizer, schedule and this rank's RNG into the existing ``directory``; a collective call."""
-    if dist.get_rank() == 0:
-        (directory / "policy").mkdir()
-    dist.barrier()
-    # Saving is synchronous, so the writers' results never leave this process. Megatron's default is a queue in a
-    # manager process, which takes seconds to start and stays behind for good when this rank is killed.
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(directory / "policy"))
-    torch.save(_rng_state(), directory / _rng_file())
+    Saving(policy, directory).finish()
 
 
-def load_policy(policy: Policy, directory: Path) -> None:
-    """Restore what `save_policy` wrote; a collective call.
+def load_policy(policy: Policy, directory: Path) -> str | None:
+    """Restore what `save_policy` wrote, in whatever layout; a collective call.
+
+    Returns:
+        What has changed, in words, if another layout wrote it: weights, optimizer and schedule are then the same, but
+        every rank keeps its freshly seeded RNG, and rounding takes another course.
 
     Raises:
-        RLVRError: If the checkpoint was made by another number of ranks.
+        RLVRError: If the optimizer's state is not in the form that ``policy.megatron.use_distributed_optimizer`` reads.
     """
-    # Every rank counts, so that all of them refuse: one that raised alone would leave the others waiting for it.
-    saved = len(list(directory.glob("rng_*.pt")))
-    if saved != dist.get_world_size():
+    saved = dist_checkpointing.load_common_state_dict(str(directory / "policy"))["layout"]
+    ours = _layout(policy)
+    changed = [f"policy.{key}={saved[key]} became {ours[key]}" for key in ours if saved[key] != ours[key]]
+    if saved[_DISTRIBUTED] != ours[_DISTRIBUTED]:
         raise RLVRError(
-            f"{directory} was saved by {saved} rank(s) and cannot be resumed by {dist.get_world_size()}; "
-            "use the policy.tensor_parallel and policy.data_parallel of the saved run"
+            f"{directory} was saved with policy.{_DISTRIBUTED}={str(saved[_DISTRIBUTED]).lower()}, whose optimizer "
+            "state has another form; resume with the same (every parallel size may change)"
         )
     state = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(directory / "policy"))
-    policy.module.load_state_dict(state["model"])
+    for module, weights in zip(policy.modules, state["model"], strict=True):
+        module.load_state_dict(weights)
     policy.optimizer.load_state_dict(state["optimizer"])
     policy.schedule.load_state_dict(state["schedule"])
+    if changed:
+        return (
+            f"{', '.join(changed)}: weights, optimizer and schedule continue, each rank's random state begins anew, and "
+            "from here on the run equals an uninterrupted one up to rounding instead of bit for bit"
+        )
     rng = torch.load(directory / _rng_file(), weights_only=True)
     torch.set_rng_state(rng["torch"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(rng["cuda"])
     get_cuda_rng_tracker().set_states(rng["megatron"])
-
-
-def export_hf(policy: Policy, directory: Path) -> None:
-    """Write the policy as a Hugging Face model directory; a collective call, rank 0 writes."""
-    tensors = {name: tensor.cpu() for name, tensor in policy.named_tensors()}
-    if dist.get_rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in _HF_FILES:
-            if (Path(policy.config.model) / name).exists():
-                shutil.copy(Path(policy.config.model) / name, directory / name)
-        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        config = policy.hf_config | {"dtype": dtype, "torch_dtype": dtype}  # names of transformers 5 and 4
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        # Written last and under its final name only when complete: that a run is finished is read from this file.
-        save_file(tensors, directory / "model.unfinished", metadata={"format": "pt"})
-        os.replace(directory / "model.unfinished", directory / "model.safetensors")
-    dist.barrier()
+    return None
 
 
 def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
-    model = policy.module.sharded_state_dict()  # type: ignore[operator]
+    policy.settle()
+    model = [module.sharded_state_dict() for module in policy.modules]  # type: ignore[operator]
     return {
         "model": model,
-        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=is_loading),
+        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_RESHARDABLE),
         "schedule": policy.schedule.state_dict(),
+        "layout": _layout(policy),
     }
+
+
+def _layout(policy: Policy) -> dict[str, Any]:
+    """What decides which rank computes what, by key of the configuration's section ``policy``."""
+    config = policy.config
+    passed = {f"megatron.{name}": config.megatron.get(name) for name in PIPELINE_SPLIT}
+    distributed = bool(config.megatron.get("use_distributed_optimizer", False))
+    return {**{name: getattr(config, name) for name in LAYOUT}, **passed, _DISTRIBUTED: distributed}
 
 
 def _rng_file() -> str:

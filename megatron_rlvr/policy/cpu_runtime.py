@@ -70,6 +70,7 @@ def install() -> None:
             module.torch = stand_in  # type: ignore[attr-defined]
     _patch_rng()
     _patch_tensor_types()
+    _patch_distributed_adam()
 
 
 def _installed() -> bool:
@@ -259,3 +260,29 @@ def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
             torch.Tensor.type = real_type  # type: ignore[method-assign]
 
     return call
+
+
+def _patch_distributed_adam() -> None:
+    """Let the distributed optimizer load a checkpoint into torch's Adam, which takes TransformerEngine's place here.
+
+    Torch counts steps for each parameter, in a tensor that its first step allocates. Megatron-Core asks for it before
+    it loads anything, then puts one tensor in the place of all of them, each of which Adam would count up, and at last
+    looks for it among what was saved, where it is not.
+    """
+    cls = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    state_dict, set_states = cls.state_dict, cls._set_main_param_and_optimizer_states
+
+    def allocated_state_dict(self: Any) -> Any:
+        for parameter in (parameter for group in self.optimizer.param_groups for parameter in group["params"]):
+            if not self.optimizer.state[parameter]:
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        return state_dict(self)
+
+    def set_states_and_step(self: Any, model_parameter: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, place = self.model_param_group_index_map[model_parameter]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
+        state["step"] = state["step"].clone()
+        set_states(self, model_parameter, {**tensors, "step": state["step"]})
+
+    cls.state_dict, cls._set_main_param_and_optimizer_states = allocated_state_dict, set_states_and_step

@@ -1,177 +1,92 @@
-"""Hugging Face safetensors in and out of Megatron's tensor-parallel shards, one tensor at a time.
+"""Hugging Face safetensors in and out of Megatron's shards, one tensor at a time and no more than this rank's share.
 
-A `Layout` says how one Megatron parameter is made of Hugging Face tensors: `split` gives every tensor-parallel rank its
-shard, `merge` is its inverse. Loading, saving and weight resync all go through these pairs.
+Megatron parameters are called by their global names here: layers are counted over the whole model, whichever pipeline
+stage holds them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from megatron_rlvr.core import RLVRError
+from megatron_rlvr.policy.architecture import Architecture
+from megatron_rlvr.policy.hf_layouts import QKV, Columns, GateUp, Layout, Replicated, VocabRows
 
-_REQUIRED = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"),
-)
-
-
-class Layout(Protocol):
-    """How the shards of one Megatron parameter and its Hugging Face tensors turn into each other."""
-
-    def split(self, tensors: Sequence[torch.Tensor], parts: int) -> list[torch.Tensor]:
-        """The shard of each of ``parts`` tensor-parallel ranks."""
-        ...
-
-    def merge(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The full Hugging Face tensors of all ranks' shards, in rank order."""
-        ...
+_Entry = tuple[list[str], Layout]
+_LAYERS = "decoder.layers."
 
 
-class Replicated:
-    """The same tensor on every rank (norms)."""
-
-    def split(self, tensors: Sequence[torch.Tensor], parts: int) -> list[torch.Tensor]:
-        """See `Layout.split`."""
-        return [tensors[0]] * parts
-
-    def merge(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """See `Layout.merge`."""
-        return [shards[0]]
-
-
-@dataclass(frozen=True)
-class Sharded:
-    """One tensor cut along ``dim``: output rows (0) or input columns (1)."""
-
-    dim: int
-
-    def split(self, tensors: Sequence[torch.Tensor], parts: int) -> list[torch.Tensor]:
-        """See `Layout.split`."""
-        return list(tensors[0].chunk(parts, self.dim))
-
-    def merge(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """See `Layout.merge`."""
-        return [torch.cat(list(shards), self.dim)]
-
-
-@dataclass(frozen=True)
-class VocabRows:
-    """Embedding or head: rows cut over the ranks after zero rows fill the vocabulary up to a multiple of them."""
-
-    vocab_size: int
-
-    def split(self, tensors: Sequence[torch.Tensor], parts: int) -> list[torch.Tensor]:
-        """See `Layout.split`."""
-        missing = padded_vocab(self.vocab_size, parts) - self.vocab_size
-        return list(torch.nn.functional.pad(tensors[0], (0, 0, 0, missing)).chunk(parts))
-
-    def merge(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """See `Layout.merge`."""
-        return [torch.cat(list(shards))[: self.vocab_size]]
-
-
-class GateUp:
-    """``linear_fc1``: every rank holds its gate rows, then its up rows."""
-
-    def split(self, tensors: Sequence[torch.Tensor], parts: int) -> list[torch.Tensor]:
-        """See `Layout.split`."""
-        gate, up = (tensor.chunk(parts) for tensor in tensors)
-        return [torch.cat(pair) for pair in zip(gate, up, strict=True)]
-
-    def merge(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """See `Layout.merge`."""
-        halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[i] for half in halves]) for i in (0, 1)]
-
-
-@dataclass(frozen=True)
-class QKV:
-    """``linear_qkv``: for every query group its query heads, then its key head, then its value head."""
-
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-
-    def split(self, tensors: Sequence[torch.Tensor], parts: int) -> list[torch.Tensor]:
-        """See `Layout.split`."""
-        grouped = [tensor.reshape(self.kv_heads, -1, *tensor.shape[1:]) for tensor in tensors]
-        return [shard.flatten(0, 1) for shard in torch.cat(grouped, 1).chunk(parts)]
-
-    def merge(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """See `Layout.merge`."""
-        query = self.query_heads // self.kv_heads * self.head_dim
-        whole = torch.cat(list(shards))
-        grouped = whole.reshape(self.kv_heads, query + 2 * self.head_dim, *whole.shape[1:])
-        return [part.flatten(0, 1) for part in torch.split(grouped, [query, self.head_dim, self.head_dim], 1)]
-
-
-@dataclass(frozen=True)
 class WeightMap:
-    """Which Hugging Face tensors make up each Megatron parameter, for Qwen3-shaped dense models.
+    """Which Hugging Face tensors make up each Megatron parameter."""
 
-    Attributes:
-        hf_config: The model's ``config.json``.
-        layer_offset: Global index of this rank's first layer (0 without pipeline parallelism).
-    """
+    def __init__(self, hf_config: dict[str, Any]) -> None:
+        """Lay out the names for a model.
 
-    hf_config: dict[str, Any]
-    layer_offset: int = 0
+        Args:
+            hf_config: The model's ``config.json``.
 
-    def entry(self, name: str) -> tuple[list[str], Layout]:
-        """Hugging Face names and layout of the Megatron parameter ``name``.
+        Raises:
+            RLVRError: If the model is of no supported family.
+        """
+        self._architecture = Architecture.of(hf_config)
+        vocab = VocabRows(self._architecture.vocab_size)
+        head = "model.embed_tokens.weight" if self._architecture.tied else "lm_head.weight"
+        self._top_level: dict[str, _Entry] = {
+            "embedding.word_embeddings.weight": (["model.embed_tokens.weight"], vocab),
+            "decoder.final_layernorm.weight": (["model.norm.weight"], Replicated()),
+            "output_layer.weight": ([head], vocab),
+        }
+        self._layer = self._layer_entries(self._architecture)
+
+    def entry(self, name: str) -> _Entry:
+        """Hugging Face names and layout of the Megatron parameter of this global name.
 
         Raises:
             RLVRError: If the parameter has no Hugging Face counterpart.
         """
-        vocab = VocabRows(int(self.hf_config["vocab_size"]))
-        top_level: dict[str, tuple[list[str], Layout]] = {
-            "embedding.word_embeddings.weight": (["model.embed_tokens.weight"], vocab),
-            "decoder.final_layernorm.weight": (["model.norm.weight"], Replicated()),
-            "output_layer.weight": (["lm_head.weight"], vocab),
-        }
-        if name in top_level:
-            return top_level[name]
-        if name.startswith("decoder.layers."):
-            index, _, suffix = name.removeprefix("decoder.layers.").partition(".")
-            layers = self._layer_entries()
-            if suffix in layers:
-                names, layout = layers[suffix]
-                return [f"model.layers.{int(index) + self.layer_offset}.{hf_name}" for hf_name in names], layout
+        if name in self._top_level:
+            return self._top_level[name]
+        index, _, suffix = name.removeprefix(_LAYERS).partition(".")
+        if name.startswith(_LAYERS) and suffix in self._layer:
+            names, layout = self._layer[suffix]
+            return [f"model.layers.{index}.{hf_name}" for hf_name in names], layout
         raise RLVRError(f"the Megatron parameter {name} has no Hugging Face counterpart; please report the model")
 
-    def _layer_entries(self) -> dict[str, tuple[list[str], Layout]]:
-        qkv = QKV(
-            int(self.hf_config["num_attention_heads"]),
-            int(self.hf_config["num_key_value_heads"]),
-            int(self.hf_config["head_dim"]),
-        )
-        input_norm: tuple[list[str], Layout] = (["input_layernorm.weight"], Replicated())
-        mlp_norm: tuple[list[str], Layout] = (["post_attention_layernorm.weight"], Replicated())
-        return {
+    def hf_names(self) -> set[str]:
+        """The names of all tensors of the model."""
+        top = {name for names, _ in self._top_level.values() for name in names}
+        layer = [name for names, _ in self._layer.values() for name in names]
+        return top | {f"model.layers.{i}.{name}" for i in range(self._architecture.layers) for name in layer}
+
+    @staticmethod
+    def _layer_entries(shape: Architecture) -> dict[str, _Entry]:
+        qkv = QKV(shape.query_heads, shape.kv_heads, shape.head_dim)
+        input_norm: _Entry = (["input_layernorm.weight"], Replicated())
+        mlp_norm: _Entry = (["post_attention_layernorm.weight"], Replicated())
+        entries: dict[str, _Entry] = {
             "input_layernorm.weight": input_norm,
             "self_attention.linear_qkv.layer_norm_weight": input_norm,  # where TransformerEngine fuses it
             "self_attention.linear_qkv.weight": ([f"self_attn.{x}_proj.weight" for x in "qkv"], qkv),
-            "self_attention.q_layernorm.weight": (["self_attn.q_norm.weight"], Replicated()),
-            "self_attention.k_layernorm.weight": (["self_attn.k_norm.weight"], Replicated()),
-            "self_attention.linear_proj.weight": (["self_attn.o_proj.weight"], Sharded(1)),
+            "self_attention.linear_proj.weight": (["self_attn.o_proj.weight"], Columns()),
             "pre_mlp_layernorm.weight": mlp_norm,
             "mlp.linear_fc1.layer_norm_weight": mlp_norm,
             "mlp.linear_fc1.weight": (["mlp.gate_proj.weight", "mlp.up_proj.weight"], GateUp()),
-            "mlp.linear_fc2.weight": (["mlp.down_proj.weight"], Sharded(1)),
+            "mlp.linear_fc2.weight": (["mlp.down_proj.weight"], Columns()),
         }
-
-
-def padded_vocab(vocab_size: int, parts: int) -> int:
-    """``vocab_size`` rounded up to a multiple of ``parts``."""
-    return -(-vocab_size // parts) * parts
+        if shape.qkv_bias:
+            entries["self_attention.linear_qkv.bias"] = ([f"self_attn.{x}_proj.bias" for x in "qkv"], qkv)
+        if shape.qk_norm:
+            for x in "qk":
+                entries[f"self_attention.{x}_layernorm.weight"] = ([f"self_attn.{x}_norm.weight"], Replicated())
+        return entries
 
 
 def read_hf_config(directory: str | Path) -> dict[str, Any]:
@@ -187,103 +102,170 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
         raise RLVRError(f"policy.model={directory} has no config.json; give a Hugging Face model directory") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RLVRError(f"{path} cannot be read ({error}); download the model directory again") from None
-    model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type != "qwen3":
-        raise RLVRError(f"policy.model={directory} is of type {model_type!r}; only dense 'qwen3' can be trained")
-    missing = [key for key in _REQUIRED if key not in config]
-    if missing:
-        raise RLVRError(f"{path} lacks {', '.join(missing)}; take the config.json that belongs to the weights")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))  # "type" is the older spelling
-    for key, value, wanted in (
-        ("rope_type", rope_type, "default"),
-        ("attention_bias", config.get("attention_bias", False), False),
-        ("use_sliding_window", config.get("use_sliding_window", False), False),
-        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-    ):
-        if value != wanted:
-            raise RLVRError(f"policy.model={directory} has {key}={value!r}; only {wanted!r} is supported so far")
+    Architecture.of(config, directory)
     return config
 
 
+@dataclass(frozen=True)
+class _FileTensor:
+    """A tensor in a safetensors file, of which only the indexed part is read; see `hf_layouts.Source`."""
+
+    view: Any  # safetensors' PySafeSlice
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.view.get_shape())
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> torch.Tensor:
+        part: torch.Tensor = self.view[index]
+        return part
+
+
 class TensorReader:
-    """Reads single tensors from a model directory's safetensors files without loading the rest."""
+    """Reads parts of single tensors from a model directory's safetensors files without loading the rest."""
 
     def __init__(self, directory: str | Path) -> None:
-        """Index the directory's files.
+        """Open the directory's files; their contents stay on the disk.
 
         Raises:
             RLVRError: If there are none, or one is not a safetensors file.
         """
-        self._file_of: dict[str, Path] = {}
+        self._file_of: dict[str, Any] = {}
         for path in sorted(Path(directory).glob("*.safetensors")):
             try:
-                with safe_open(path, "pt") as file:
-                    self._file_of.update(dict.fromkeys(file.keys(), path))
+                file: Any = safe_open(path, "pt")
+                self._file_of.update(dict.fromkeys(file.keys(), file))
             except (SafetensorError, OSError) as error:
                 raise RLVRError(f"{path} is damaged ({error}); download or export the model again") from None
         if not self._file_of:
             raise RLVRError(f"policy.model={directory} holds no *.safetensors file; convert or download the weights")
-        self._directory = directory
+        self.directory = directory
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor called ``name``, on the CPU.
+    def source(self, name: str) -> _FileTensor:
+        """The tensor called ``name``; its parts come on the CPU.
 
         Raises:
             RLVRError: If no file holds it.
         """
         if name not in self._file_of:
-            raise RLVRError(f"policy.model={self._directory} lacks the tensor {name}; its files are incomplete")
-        with safe_open(self._file_of[name], "pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
+            raise RLVRError(f"policy.model={self.directory} lacks the tensor {name}; its files are incomplete")
+        return _FileTensor(self._file_of[name].get_slice(name))
+
+    def check_names(self, known: set[str]) -> None:
+        """Refuse tensors that the model has no place for: it would compute something else than it was trained to.
+
+        Raises:
+            RLVRError: Naming one of them.
+        """
+        # A tied head repeats the embedding, and old Llama files carry the frequencies that config.json fixes.
+        ignored = {"lm_head.weight", *(name for name in self._file_of if name.endswith(".rotary_emb.inv_freq"))}
+        strangers = sorted(self._file_of.keys() - known - ignored)
+        if strangers:
+            raise RLVRError(
+                f"policy.model={self.directory} holds the tensor {strangers[0]}, which a model of its config.json does "
+                "not have; config.json and the weights do not belong together"
+            )
 
 
 def load_weights(module: torch.nn.Module, weights: WeightMap, reader: TensorReader, *, rank: int, parts: int) -> None:
-    """Fill ``module``'s parameters with this rank's shards, one parameter at a time.
+    """Fill ``module``'s parameters with this rank's shards, one parameter at a time, reading nothing else.
 
     Args:
-        module: The unwrapped Megatron model of this rank.
+        module: The unwrapped Megatron model, or a pipeline stage or chunk of it.
         weights: Names and layouts.
         reader: The source.
         rank: Tensor-parallel rank.
         parts: Tensor-parallel size.
 
     Raises:
-        RLVRError: If a tensor is missing or has another shape than the model.
+        RLVRError: If a tensor is missing, has another shape than the model, or has no place in it.
     """
-    for name, parameter in module.named_parameters():
+    reader.check_names(weights.hf_names())
+    for name, parameter in global_parameters(module):
         hf_names, layout = weights.entry(name)
-        shard = layout.split([reader.read(hf_name) for hf_name in hf_names], parts)[rank]
-        if shard.shape != parameter.shape:
-            raise RLVRError(
-                f"{' + '.join(hf_names)} gives a shard of shape {tuple(shard.shape)} where the model built from "
-                f"config.json has {tuple(parameter.shape)}; config.json and the weights do not belong together"
-            )
+        sources = [reader.source(hf_name) for hf_name in hf_names]
+        wanted = layout.merge([torch.empty_like(parameter, device="meta")] * parts)
+        for hf_name, source, full in zip(hf_names, sources, wanted, strict=True):
+            if source.shape != full.shape:
+                raise RLVRError(
+                    f"{hf_name} has the shape {tuple(source.shape)} where the model built from config.json has "
+                    f"{tuple(full.shape)}; config.json and the weights do not belong together"
+                )
+        shard = layout.shard(sources, rank, parts)
         with torch.no_grad():
             parameter.copy_(shard)
+            # What TransformerEngine keeps beside an FP8 parameter, and the optimizer starts from.
+            precise = getattr(parameter, "get_high_precision_init_val", None)
+            if precise is not None:
+                precise().copy_(shard)
+
+
+def global_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """``module``'s parameters with their layers counted over the whole model, from 0."""
+    for name, parameter in module.named_parameters():
+        if name.startswith(_LAYERS):
+            index, _, suffix = name.removeprefix(_LAYERS).partition(".")
+            layer: Any = module.get_submodule(f"{_LAYERS}{index}")
+            yield f"{_LAYERS}{layer.layer_number - 1}.{suffix}", parameter
+        else:
+            yield name, parameter
+
+
+def _values(parameter: torch.nn.Parameter) -> torch.Tensor:
+    value = parameter.detach()
+    return value if type(value) is torch.Tensor else value.dequantize()  # TransformerEngine's FP8 parameters
 
 
 def named_full_tensors(
-    module: torch.nn.Module, weights: WeightMap, group: torch.distributed.ProcessGroup
+    modules: Sequence[torch.nn.Module],
+    weights: WeightMap,
+    tensor_group: dist.ProcessGroup,
+    pipeline_group: dist.ProcessGroup,
+    *,
+    value: Callable[[torch.nn.Parameter], torch.Tensor] = _values,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Stream the model as full tensors under Hugging Face names; a collective call over ``group``.
+    """Stream the model as full tensors under Hugging Face names; a collective call over both groups.
 
     Args:
-        module: The unwrapped Megatron model of this rank.
+        modules: This rank's unwrapped Megatron modules: one, or a chunk for each virtual pipeline stage.
         weights: Names and layouts.
-        group: The tensor-parallel group; every rank of it receives every tensor.
+        tensor_group: The tensor-parallel group.
+        pipeline_group: The pipeline-parallel group.
+        value: What of a parameter to stream; a tensor of its shape.
 
     Yields:
-        Hugging Face name and full tensor on this rank's device. Only one parameter is gathered at a time.
+        Hugging Face name and full tensor on this rank's device, on every rank, stage by stage. Only one parameter is
+        gathered at a time.
     """
-    parts = torch.distributed.get_world_size(group)
-    for name, parameter in module.named_parameters():
-        hf_names, layout = weights.entry(name)
-        local = parameter.detach().contiguous()
-        if parts == 1 or isinstance(layout, Replicated):
+    own = {name: value(parameter) for module in modules for name, parameter in global_parameters(module)}
+    parts, stage = dist.get_world_size(tensor_group), dist.get_rank(pipeline_group)
+    seen: set[str] = set()
+    for owner, stage_tensors in enumerate(_of_every_stage(own, pipeline_group)):
+        for name, (shape, dtype) in stage_tensors.items():
+            hf_names, layout = weights.entry(name)
+            if seen.issuperset(hf_names):  # the last stage's copy of a tied embedding
+                continue
+            seen.update(hf_names)
+            local = own[name].contiguous() if owner == stage else torch.empty(shape, dtype=dtype, device=_device(own))
+            if dist.get_world_size(pipeline_group) > 1:
+                dist.broadcast(local, group=pipeline_group, group_src=owner)
             shards = [local]
-        else:
-            shards = [torch.empty_like(local) for _ in range(parts)]
-            torch.distributed.all_gather(shards, local, group=group)
-        yield from zip(hf_names, (tensor.contiguous() for tensor in layout.merge(shards)), strict=True)
+            if parts > 1 and not isinstance(layout, Replicated):
+                shards = [torch.empty_like(local) for _ in range(parts)]
+                dist.all_gather(shards, local, group=tensor_group)
+            yield from zip(hf_names, (tensor.contiguous() for tensor in layout.merge(shards)), strict=True)
+
+
+def _of_every_stage(
+    own: dict[str, torch.Tensor], group: dist.ProcessGroup
+) -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
+    """Names, shard shapes and dtypes of every pipeline stage's parameters."""
+    mine = {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}
+    stages = [mine] * dist.get_world_size(group)
+    if len(stages) > 1:
+        dist.all_gather_object(stages, mine, group=group)
+    return stages
+
+
+def _device(tensors: dict[str, torch.Tensor]) -> torch.device:
+    return next(iter(tensors.values())).device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from datetime import timedelta
 
@@ -23,23 +24,39 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def initialize(*, tensor_parallel: int, data_parallel: int, seed: int) -> None:
+def initialize(
+    *,
+    tensor_parallel: int,
+    data_parallel: int,
+    pipeline_parallel: int = 1,
+    virtual_pipeline: int = 1,
+    context_parallel: int = 1,
+    seed: int,
+) -> None:
     """Join the process group that torchrun (or srun) described and lay out Megatron's parallel groups.
 
     Args:
-        tensor_parallel: Ranks per copy of the model.
+        tensor_parallel: Ranks that share every layer.
         data_parallel: Copies of the model.
+        pipeline_parallel: Stages that the layers are split over.
+        virtual_pipeline: Chunks of layers on each stage.
+        context_parallel: Ranks that share every sequence.
         seed: Seed of Megatron's RNG tracker.
 
     Raises:
-        RLVRError: If the number of processes is not ``tensor_parallel * data_parallel``.
+        RLVRError: If the number of processes is not the product of the layout.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world != tensor_parallel * data_parallel:
-        raise RLVRError(
-            f"{world} trainer processes were started for policy.tensor_parallel={tensor_parallel} x "
-            f"policy.data_parallel={data_parallel}; start {tensor_parallel * data_parallel} or change the layout"
-        )
+    layout = {
+        "tensor_parallel": tensor_parallel,
+        "pipeline_parallel": pipeline_parallel,
+        "context_parallel": context_parallel,
+        "data_parallel": data_parallel,
+    }
+    wanted = math.prod(layout.values())
+    if world != wanted:
+        product = " x ".join(f"policy.{name}={size}" for name, size in layout.items())
+        raise RLVRError(f"{world} trainer processes were started for {product}; start {wanted} or change the layout")
     cpu_runtime.install()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -48,7 +65,12 @@ def initialize(*, tensor_parallel: int, data_parallel: int, seed: int) -> None:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
     parallel_state = importlib.import_module("megatron.core.parallel_state")
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel,
+        pipeline_model_parallel_size=pipeline_parallel,
+        virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
+        context_parallel_size=context_parallel,
+    )
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     random.model_parallel_cuda_manual_seed(seed)
 

@@ -4,50 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from megatron_rlvr.config import PolicyConfig
 from megatron_rlvr.core import RLVRError, StepMetrics
-from megatron_rlvr.objective import LossInputs, LossOutputs, Metrics
+from megatron_rlvr.objective import LossInputs, LossOutputs, Metrics, Objective
 from megatron_rlvr.policy import model as megatron
-from megatron_rlvr.policy import parallel
+from megatron_rlvr.policy import parallel, precision
 from megatron_rlvr.policy.hf_weights import TensorReader, WeightMap, load_weights, named_full_tensors, read_hf_config
+from megatron_rlvr.policy.micro_batches import Cut, MicroBatch, TrainingRows, cut_micro_batch, deal
 from megatron_rlvr.vocab import TokenStats, linear_policy_loss, linear_token_stats
 
-Objective = Callable[[LossInputs], LossOutputs]
+__all__ = ["Policy", "TokenPass", "TrainingRows"]
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingRows:
-    """Rows of a global (mini-)batch, identical on every rank.
+class TokenPass:
+    """What a pass without gradients says of response tokens, ``float32`` on the CPU, 0 elsewhere.
 
     Attributes:
-        tokens_BL: Token ids, right-padded, ``int64``.
-        mask_BL: True at response tokens that take part in the loss, ``bool``.
-        old_logprobs_BL: Log-probs under the policy before the step's first update, 0 outside responses, ``float32``.
-        advantages_BL: Advantage of every token, ``float32``.
+        logprobs_BL: Log-probability (nats) of each response token.
+        entropy_BL: Entropy (nats) of the distribution it was drawn from.
+        nucleus_BL: Entropy of that distribution's top-p nucleus, where asked for.
     """
 
-    tokens_BL: torch.Tensor
-    mask_BL: torch.Tensor
-    old_logprobs_BL: torch.Tensor
-    advantages_BL: torch.Tensor
-
-    def select(self, rows: torch.Tensor) -> TrainingRows:
-        """The rows with the given indices or slice mask."""
-        return TrainingRows(*(getattr(self, entry.name)[rows] for entry in fields(self)))
-
-    def trimmed(self) -> TrainingRows:
-        """The same rows without the columns after their last response token (causal attention never sees them)."""
-        used = self.mask_BL.any(0).nonzero()
-        length = int(used[-1]) + 1 if len(used) else 2
-        return TrainingRows(*(getattr(self, entry.name)[:, :length] for entry in fields(self)))
+    logprobs_BL: torch.Tensor
+    entropy_BL: torch.Tensor
+    nucleus_BL: torch.Tensor | None = None
 
 
 class Policy:
@@ -56,13 +47,17 @@ class Policy:
     Requires `parallel.initialize` to have been called.
     """
 
-    def __init__(self, config: PolicyConfig, *, temperature: float, total_steps: int) -> None:
+    def __init__(
+        self, config: PolicyConfig, *, temperature: float, total_steps: int, keep_reference: bool = False
+    ) -> None:
         """Build the model of ``config.model`` and load its weights.
 
         Args:
             config: Model, layout and optimizer settings.
-            temperature: Sampling temperature; log-probs and entropies are those of the sampled distribution.
+            temperature: Sampling temperature; log-probs and entropies are those of the sampled distribution. Set the
+                attribute when it changes.
             total_steps: Rollout steps that the learning-rate schedule spans.
+            keep_reference: Keep a copy of the loaded weights on the CPU for `reference_log_probs`.
 
         Raises:
             RLVRError: If the model cannot be read or does not fit the layout.
@@ -72,51 +67,85 @@ class Policy:
         self.hf_config = read_hf_config(config.model)
         megatron.check_passthrough(config.megatron)
         reader = TensorReader(config.model)
-        self.model = megatron.build_model(config, self.hf_config)
-        self.module = megatron.unwrapped(self.model)
+        self.models = megatron.build_models(config, self.hf_config)
+        self.modules = [megatron.unwrapped(model) for model in self.models]
         self._tp_group = megatron.tensor_parallel_group()
-        self._dp_group = megatron.data_parallel_group()
         self._weights = WeightMap(self.hf_config)
         rank, parts = dist.get_rank(self._tp_group), dist.get_world_size(self._tp_group)
-        load_weights(self.module, self._weights, reader, rank=rank, parts=parts)
-        self.optimizer, self.schedule = megatron.build_optimizer(config, self.model, total_steps)
+        for module in self.modules:
+            load_weights(module, self._weights, reader, rank=rank, parts=parts)
+        self._reference = [weight.detach().cpu().clone() for weight in self._parameters()] if keep_reference else None
+        self.optimizer, self.schedule = megatron.build_optimizer(config, self.models, total_steps)
 
-    def log_probs(self, tokens_BL: torch.Tensor, mask_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def log_probs(self, tokens_BL: torch.Tensor, mask_BL: torch.Tensor, *, nucleus: float | None = None) -> TokenPass:
         """Log-probability of every response token and entropy of the distribution it was drawn from, no gradients.
 
         Args:
             tokens_BL: Token ids of the whole batch on every rank.
             mask_BL: True at response tokens.
+            nucleus: Top-p of the nucleus whose entropy is wanted too; None for none.
 
         Returns:
-            ``(logprobs_BL, entropy_BL)`` in nats, ``float32`` on the CPU, 0 where ``mask_BL`` is False; equal on every
-            rank whatever the layout.
+            The statistics, equal on every rank whatever the layout.
         """
-        zeros_BL = torch.zeros(tokens_BL.shape)
-        share = self._data_parallel_share(TrainingRows(tokens_BL, mask_BL, zeros_BL, zeros_BL))
         with torch.no_grad():
-            parts = self._run(share, objective=None)
-        values_2BL = torch.zeros(2, *share.tokens_BL.shape)
-        for start, stats in zip(range(0, len(share.tokens_BL), self.config.micro_batch), parts, strict=True):
-            rows = share.mask_BL[start : start + self.config.micro_batch]
-            for value_BL, stat_T in zip(values_2BL, (stats.logprob, stats.entropy), strict=True):
-                value_BL[start : start + len(rows)][rows] = stat_T.float().cpu()
-        return self._gather_rows(values_2BL[0]), self._gather_rows(values_2BL[1])
+            micro_batches, parts = self._run(TrainingRows(tokens_BL, mask_BL, {}), objective=None, nucleus=nucleus)
+        values = torch.zeros(2 if nucleus is None else 3, *tokens_BL.shape, device=parallel.device())
+        if self._reports:
+            for batch, stats in zip(micro_batches, parts, strict=True):
+                found = [stats.logprob, stats.entropy, *([] if nucleus is None else [stats.nucleus_entropy])]
+                values[:, batch.rows_R, batch.columns_R] = torch.stack(found).float()
+        # One rank knows a token and all others add 0, which leaves its bits as they are.
+        dist.all_reduce(values)
+        return TokenPass(*values.cpu())
+
+    def reference_log_probs(self, tokens_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        """`log_probs` under the weights that ``policy.model`` names, ``[B, L]``; needs ``keep_reference``."""
+        self._swap_reference()
+        try:
+            return self.log_probs(tokens_BL, mask_BL).logprobs_BL
+        finally:
+            self._swap_reference()
+
+    def _swap_reference(self) -> None:
+        assert self._reference is not None, "the policy was built without keep_reference"
+        self.settle()
+        with torch.no_grad():
+            for parameter, kept in zip(self._parameters(), self._reference, strict=True):
+                current = parameter.detach().clone()
+                parameter.copy_(kept)
+                kept.copy_(current)
+
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+        return (parameter for module in self.modules for parameter in module.parameters())
+
+    def settle(self) -> None:
+        """Wait for what an update leaves to be done beside the next one: without it the weights may be old ones."""
+        for model in self.models:
+            if model.ddp_config.overlap_param_gather:
+                model.start_param_sync(force_sync=True)
 
     def update(self, rows: TrainingRows, objective: Objective, metrics: StepMetrics) -> None:
         """One optimizer update on a global mini-batch: the gradient of the token-mean of ``objective`` over ``rows``.
 
         Args:
             rows: The mini-batch; its number of rows has to be a multiple of the data-parallel size.
-            objective: Gives the summed loss and the count that the global sum is divided by.
+            objective: What to minimise.
             metrics: Receives this rank's sums and counts; reduce them with `reduce_metrics` at the end of the step.
 
         Raises:
-            RLVRError: On every rank, if the gradient is not finite; the weights are then lost.
+            RLVRError: On every rank, if the gradient is not finite; the weights are then lost. If the objective needs
+                whole sequences and context parallelism cuts them.
         """
-        self.model.zero_grad_buffer()
+        if not objective.separable and self.config.context_parallel > 1:
+            raise RLVRError(
+                f"the objective compares the tokens of a sequence, which policy.context_parallel="
+                f"{self.config.context_parallel} splits; set it to 1 or choose an objective of single tokens"
+            )
+        for model in self.models:
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        for reduced in self._run(self._data_parallel_share(rows), objective):
+        for reduced in self._run(rows, objective)[1]:
             for name, (total, count) in reduced.items():
                 metrics.add(name, float(total), float(count))
         _, grad_norm, _ = self.optimizer.step()
@@ -125,7 +154,7 @@ class Policy:
                 f"the gradient norm of an update is {float(grad_norm)}; resume from the last checkpoint, and lower "
                 "policy.learning_rate if it happens again"
             )
-        # Every data-parallel rank sees the same norm; one share each keeps the reduced mean right.
+        # Every rank sees the same norm; one share each keeps the reduced mean right.
         metrics.add("grad_norm", float(grad_norm), 1.0)
 
     def step_schedule(self) -> None:
@@ -139,100 +168,137 @@ class Policy:
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The current weights under Hugging Face names, gathered one by one; see `named_full_tensors`."""
-        return named_full_tensors(self.module, self._weights, self._tp_group)
+        self.settle()
+        return named_full_tensors(self.modules, self._weights, self._tp_group, megatron.pipeline_parallel_group())
 
     def reduce_metrics(self, metrics: StepMetrics) -> StepMetrics:
-        """Sums and counts added up over the data-parallel ranks; every rank must have the same names."""
-        names = sorted(metrics.sums)
-        values = torch.tensor([[metrics.sums[name], metrics.counts[name]] for name in names], dtype=torch.float64)
-        values = values.to(parallel.device())
-        dist.all_reduce(values, group=self._dp_group)
-        rows = values.tolist()
-        return StepMetrics(
-            sums={name: row[0] for name, row in zip(names, rows, strict=True)},
-            counts={name: row[1] for name, row in zip(names, rows, strict=True)},
-        )
+        """Sums and counts added up over the ranks that see different tokens, on every rank.
 
-    def _data_parallel_share(self, rows: TrainingRows) -> TrainingRows:
-        size, rank = dist.get_world_size(self._dp_group), dist.get_rank(self._dp_group)
-        share = len(rows.tokens_BL) // size
-        if share * size != len(rows.tokens_BL):
-            raise ValueError(f"{len(rows.tokens_BL)} rows do not split over {size} data-parallel ranks")
-        return rows.select(torch.arange(rank * share, (rank + 1) * share))
+        The last pipeline stage has the loss, so its names and values count.
+        """
+        group = megatron.pipeline_parallel_group()
+        names = [sorted(metrics.sums)]
+        dist.broadcast_object_list(names, group=group, group_src=group.size() - 1)
+        rows = [[metrics.sums[name], metrics.counts[name]] if self._reports else [0.0, 0.0] for name in names[0]]
+        values = torch.tensor(rows, dtype=torch.float64, device=parallel.device())
+        dist.all_reduce(values)
+        reduced = StepMetrics()
+        for name, (total, count) in zip(names[0], values.tolist(), strict=True):
+            reduced.add(name, total, count)
+        return reduced
 
-    def _gather_rows(self, share_BL: torch.Tensor) -> torch.Tensor:
-        size = dist.get_world_size(self._dp_group)
-        if size == 1:
-            return share_BL
-        local = share_BL.to(parallel.device())
-        parts = [torch.empty_like(local) for _ in range(size)]
-        dist.all_gather(parts, local, group=self._dp_group)
-        return torch.cat(parts).cpu()
+    @property
+    def _reports(self) -> bool:
+        """Whether this rank speaks for its tokens: of the ranks that share them, one has the statistics and does."""
+        return parallel_state.is_pipeline_last_stage() and dist.get_rank(self._tp_group) == 0
 
-    def _run(self, share: TrainingRows, objective: Objective | None) -> list[Any]:
+    def _run(
+        self, rows: TrainingRows, objective: Objective | None, nucleus: float | None = None
+    ) -> tuple[list[MicroBatch], list[Any]]:
         """Send this rank's rows through Megatron's schedule in micro-batches, backwards too if there is an objective.
 
-        Returns what `_loss` reports for each micro-batch.
+        Returns the micro-batches and, on the last pipeline stage, what `_loss` reports for each.
         """
-        micro_batches = [
-            share.select(indices).trimmed()
-            for indices in torch.split(torch.arange(len(share.tokens_BL)), self.config.micro_batch)
-        ]
+        config = self.config
+        context = parallel_state.get_context_parallel_group()
+        cut = Cut(
+            context=context.size(),
+            rank=context.rank(),
+            tensor=config.tensor_parallel if config.sequence_parallel else 1,
+            slots=precision.row_multiple(config),
+        )
+        members = deal(
+            rows.lengths(),
+            parts=parallel_state.get_data_parallel_world_size(),
+            rank=parallel_state.get_data_parallel_rank(),
+            rows=config.micro_batch,
+            tokens=config.micro_batch_tokens,
+            # What the interleaved schedule asks for.
+            multiple=config.pipeline_parallel if config.virtual_pipeline > 1 else 1,
+        )
+        packed = config.micro_batch_tokens > 0
+        micro_batches = [cut_micro_batch(rows, some, cut, packed=packed) for some in members]
         results: list[Any] = get_forward_backward_func()(
-            forward_step_func=partial(self._forward_step, objective=objective),
-            data_iterator=iter(micro_batches),
-            model=self.model,
+            forward_step_func=partial(self._forward_step, loss=partial(self._loss, objective, nucleus)),
+            data_iterator=[iter(micro_batches) for _ in self.models],
+            model=self.models,
             num_microbatches=len(micro_batches),
-            seq_length=share.tokens_BL.shape[1],
-            micro_batch_size=self.config.micro_batch,
+            seq_length=rows.tokens_BL.shape[1],
+            micro_batch_size=config.micro_batch,
             forward_only=objective is None,
             collect_non_loss_data=objective is None,
         )
-        return results
+        return micro_batches, results
 
     def _forward_step(
-        self, micro_batches: Iterator[TrainingRows], model: torch.nn.Module, *, objective: Objective | None
+        self, micro_batches: Iterator[MicroBatch], model: torch.nn.Module, *, loss: Callable[..., Any]
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
-        rows = next(micro_batches)
+        batch = next(micro_batches)
         device = parallel.device()
-        tokens_BL = rows.tokens_BL.to(device)
-        positions_BL = torch.arange(tokens_BL.shape[1], device=device).expand_as(tokens_BL)
-        # Without fp32_output=False the wrapper for half precision would widen the hidden states.
-        half = {"fp32_output": False} if self.config.precision == "bf16" else {}
-        hidden_BLH = model(tokens_BL, positions_BL, None, **half)
-        return hidden_BLH, partial(self._loss, rows, objective)
+        options: dict[str, Any] = {}
+        if batch.lengths is not None:
+            ends = torch.tensor([0, *batch.lengths], device=device).cumsum(0).to(torch.int32)
+            options["packed_seq_params"] = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=ends,
+                cu_seqlens_kv=ends,
+                max_seqlen_q=max(batch.lengths),
+                max_seqlen_kv=max(batch.lengths),
+            )
+        if precision.half(self.config):
+            # Without it the wrapper for half precision would widen the hidden states.
+            options["fp32_output"] = False
+        hidden_BSH = model(batch.tokens_BS.to(device), batch.positions_BS.to(device), None, **options)
+        return hidden_BSH, partial(loss, batch)
 
     def _loss(
-        self, rows: TrainingRows, objective: Objective | None, hidden_BLH: torch.Tensor, non_loss_data: bool = False
+        self,
+        objective: Objective | None,
+        nucleus: float | None,
+        batch: MicroBatch,
+        hidden_BSH: torch.Tensor,
+        non_loss_data: bool = False,
     ) -> Any:
-        """Megatron's loss contract: the statistics themselves, or (summed loss, number of tokens, metrics).
-
-        Response tokens count in row-major order; the hidden state at L predicts the token at L + 1.
-        """
-        device = hidden_BLH.device
-        predicted_BL = torch.nn.functional.pad(rows.mask_BL[:, 1:], (0, 1))
-        hidden_TH = hidden_BLH.flatten(0, 1)
-        targets_R = rows.tokens_BL[rows.mask_BL].to(device)
-        weight_VH = megatron.output_weight(self.module)
+        """Megatron's loss contract: the statistics themselves, or (summed loss, number of tokens, metrics)."""
+        device = hidden_BSH.device
+        hidden_TH = hidden_BSH.flatten(0, 1)
+        targets_R = batch.targets_R.to(device)
+        weight_VH = megatron.output_weight(self.modules[-1])
         head: dict[str, Any] = {
-            "rows": predicted_BL.flatten().nonzero().squeeze(1).to(device),
+            "rows": batch.heads_R.to(device),
             "group": self._tp_group,
             "temperature": self.temperature,
             "vocab_size": int(self.hf_config["vocab_size"]),
+            "sequence_parallel": self.config.sequence_parallel,
         }
         if non_loss_data or objective is None:
-            return linear_token_stats(hidden_TH, weight_VH, targets_R, **head)
-        old_R, advantages_R = rows.old_logprobs_BL[rows.mask_BL].to(device), rows.advantages_BL[rows.mask_BL].to(device)
+            return linear_token_stats(hidden_TH, weight_VH, targets_R, nucleus=nucleus, **head)
+        given = {name: value_R.to(device) for name, value_R in (batch.given | {"sequence": batch.rows_R}).items()}
         parts: list[LossOutputs] = []
 
         def token_loss(stats: TokenStats, chunk: slice) -> torch.Tensor:
+            more = {name: value_R[chunk] for name, value_R in given.items()}
+            if stats.extras is not None:
+                more["entropy_slope"] = stats.extras.entropy_slope
+            if stats.nucleus_entropy is not None:
+                more["nucleus_entropy"] = stats.nucleus_entropy
             mask_R = torch.ones_like(stats.logprob, dtype=torch.bool)
-            parts.append(objective(LossInputs(stats.logprob, old_R[chunk], advantages_R[chunk], stats.entropy, mask_R)))
+            parts.append(objective.loss(LossInputs(stats.logprob, entropy=stats.entropy, mask=mask_R, **more)))
             return parts[-1].losses
 
         # DistributedDataParallel gives every parameter the buffer that gradients are accumulated and reduced in.
-        in_place = weight_VH.main_grad.dtype == torch.float32  # type: ignore[attr-defined]
-        out = linear_policy_loss(hidden_TH, weight_VH, targets_R, token_loss, main_grad=in_place, **head)
+        in_place = objective.separable and weight_VH.main_grad.dtype == torch.float32  # type: ignore[attr-defined]
+        out = linear_policy_loss(
+            hidden_TH,
+            weight_VH,
+            targets_R,
+            token_loss,
+            separable=objective.separable,
+            extras=objective.slope,
+            nucleus=objective.nucleus,
+            main_grad=in_place,
+            **head,
+        )
         metrics: Metrics = {
             name: (_sum(part.metrics[name][0] for part in parts), _sum(part.metrics[name][1] for part in parts))
             for name in parts[0].metrics

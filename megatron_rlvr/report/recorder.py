@@ -26,6 +26,8 @@ class RunRecorder:
         """
         self._metrics = directory / "metrics.jsonl"
         self._evaluations = directory / "evaluations.jsonl"
+        self._notes = directory / "notes.jsonl"
+        self._standing: dict[str, str | None] = {}
         self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
         # A log file gets one line every half minute, a terminal a bar that moves.
         self._bar = tqdm(
@@ -58,6 +60,16 @@ class RunRecorder:
             refresh=False,
         )
         self._bar.update()
+
+    def note(self, step: int, about: str, text: str | None) -> None:
+        """Say ``text`` when it begins to hold and keep it for the report; None when there is nothing to say (any more).
+
+        A sentence about the same thing in the next step, whatever its numbers, goes unsaid.
+        """
+        if text is not None and self._standing.get(about) is None:
+            append_record(self._notes, {"step": step, "about": about, "text": text})
+            tqdm.write(f"step {step}, {about}: {text}", file=sys.stderr)
+        self._standing[about] = text
 
     def record_evaluation(self, record: Mapping[str, Any]) -> None:
         """Keep one evaluation on the held-out prompts; ``record["step"]`` is the number of steps done before it."""

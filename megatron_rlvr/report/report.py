@@ -34,11 +34,13 @@ class RunRecords:
         name: The run directory's name.
         steps: One object per step, ascending.
         evaluations: One object per evaluation on held-out prompts, ascending.
+        notes: What the run had to say, ascending: a controller at its bound, an engine that disagrees.
     """
 
     name: str
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    notes: list[dict[str, Any]]
 
     def mean(self, metric: str, *, first: bool) -> float:
         """Mean of ``metric`` over the first or last ten steps."""
@@ -68,7 +70,8 @@ def load_run(directory: str | Path) -> RunRecords:
     steps = read_records(path / "metrics.jsonl")
     if not steps:
         raise RLVRError(f"{path} has no recorded steps in metrics.jsonl; name a run directory that has trained")
-    return RunRecords(path.name, steps, read_records(path / "evaluations.jsonl"))
+    evaluations, notes = (read_records(path / f"{name}.jsonl") for name in ("evaluations", "notes"))
+    return RunRecords(path.name, steps, evaluations, notes)
 
 
 def write_report(directories: Sequence[str | Path], output: str | Path | None = None) -> str:
@@ -90,6 +93,7 @@ def write_report(directories: Sequence[str | Path], output: str | Path | None = 
     figure = target / "figures" / "curves.png"
     _draw(runs, figure)
     lines = [run.summary() for run in runs]
+    lines += [f"{run.name}, step {note['step']}, {note['about']}: {note['text']}" for run in runs for note in run.notes]
     if len(runs) > 1:
         ends = [run.mean("entropy", first=False) for run in runs]
         others = ", ".join(f"{run.name} {end / ends[0]:.2f}×" for run, end in zip(runs[1:], ends[1:], strict=True))

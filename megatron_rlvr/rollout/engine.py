@@ -25,7 +25,7 @@ class Engine(Protocol):
         """Draw ``sampling.samples_per_prompt`` responses for every prompt, in prompt order.
 
         ``Sample.group`` is the prompt's position in ``prompts``. The draws are a function of the weights, the prompts
-        and ``sampling`` alone.
+        and ``sampling`` alone, save on SGLang servers that run without deterministic inference.
 
         Raises:
             RLVRError: If no complete set of weights is served, or a prompt has no tokens.

@@ -17,39 +17,25 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from megatron_rlvr.config import Config
 from megatron_rlvr.core import RLVRError
 from megatron_rlvr.data import open_prompts
-from megatron_rlvr.entropy import Controller, build_controller
 from megatron_rlvr.policy.hf_weights import TensorReader, read_hf_config
+from megatron_rlvr.policy.precision import check_precision
+from megatron_rlvr.training.composition import compose_run
 
 
 def preflight(config: Config) -> None:
     """Find in a second what every rank would find after loading everything.
 
     Raises:
-        RLVRError: If the model directory, a prompt source or the recipe cannot be used.
+        RLVRError: If the precision, the model directory, a prompt source, the recipe or the objective cannot be used.
     """
+    check_precision(config.policy)
     read_hf_config(config.policy.model)
     TensorReader(config.policy.model)
     # any chat template shows whether the rows are sound
     prompts = open_prompts(config.data.train, chat_template=str)
     if config.data.heldout:
         open_prompts(config.data.heldout, chat_template=str)
-    controller_of(config, len(prompts))
-
-
-def controller_of(config: Config, prompts: int) -> Controller:
-    """The controller of λ for a run over ``prompts`` training prompts.
-
-    Raises:
-        RLVRError: If the recipe does not fit the run's length.
-    """
-    return build_controller(
-        config.entropy.recipe,
-        target=config.entropy.target,
-        step_size=config.entropy.step,
-        initial=config.entropy.initial,
-        total_steps=config.run.steps,
-        steps_per_epoch=max(1, round(prompts / config.rollout.prompts)),
-    )
+    compose_run(config, len(prompts))
 
 
 def launch(config_file: Path, processes: int) -> None:

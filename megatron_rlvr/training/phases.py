@@ -9,71 +9,146 @@ import torch
 
 from megatron_rlvr.config import ObjectiveConfig
 from megatron_rlvr.core import FinishReason, RolloutBatch, Sample, StepMetrics, Verdict
-from megatron_rlvr.entropy import mean_entropy
+from megatron_rlvr.entropy import Recipe, TokenRule, mean_entropy
+from megatron_rlvr.entropy.signal import sequence_sums
+from megatron_rlvr.entropy.token_masks import masked_nucleus_entropy
 from megatron_rlvr.evaluation import EvalMetrics, evaluate_answers
-from megatron_rlvr.objective import grpo_advantages
-from megatron_rlvr.policy.policy import TrainingRows
+from megatron_rlvr.objective import (
+    BatchStats,
+    MismatchSettings,
+    Outcomes,
+    compose,
+    mismatch,
+    token_batch,
+    token_scale,
+)
+from megatron_rlvr.policy.policy import TokenPass, TrainingRows
 from megatron_rlvr.rollout import derive_seed
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedBatch:
-    """One step's rows, ready for the updates.
+    """One step's rows before a recipe has decided anything; identical on every rank.
 
     Attributes:
-        rows: All rows of the step.
+        tokens_BL: Token ids.
         groups_B: Prompt index of each row.
+        outcomes: What the advantage estimators read.
+        stats: What is known of the response tokens.
         entropy: H_k: token-mean entropy (nats) of the policy that made the rollouts.
+        signal: The entropy (nats) that steers, None where it is known only after the updates.
     """
 
-    rows: TrainingRows
+    tokens_BL: torch.Tensor
     groups_B: torch.Tensor
+    outcomes: Outcomes
+    stats: BatchStats
     entropy: float
+    signal: float | None
 
 
 def prepare(
-    batch: RolloutBatch, logprobs_BL: torch.Tensor, entropy_BL: torch.Tensor, metrics: StepMetrics
+    batch: RolloutBatch,
+    token_pass: TokenPass,
+    metrics: StepMetrics,
+    *,
+    recipe: Recipe,
+    correction: MismatchSettings | None = None,
+    reference_BL: torch.Tensor | None = None,
 ) -> PreparedBatch:
-    """Advantages and the entropy signal of a verified batch; everything here is identical on every rank.
+    """Outcomes, token statistics and the entropy signal of a verified batch.
 
     Args:
         batch: The verified rows.
-        logprobs_BL: The trainer's log-probs of the response tokens under the weights that made them.
-        entropy_BL: The trainer's entropies at the same positions.
+        token_pass: The trainer's statistics of the response tokens under the weights that made them.
         metrics: Receives the step's rollout statistics.
+        recipe: Says which entropy steers.
+        correction: How tokens are weighted against the mismatch of engine and trainer.
+        reference_BL: Log-probs under the reference policy.
 
     Raises:
         RLVRError: If no row has a verdict.
     """
     mask_BL = batch.response_mask_BL & batch.valid_B[:, None]
-    tokens = int(mask_BL.sum())
+    logprobs_BL, entropy_BL = token_pass.logprobs_BL, token_pass.entropy_BL
+    lengths_B = mask_BL.sum(1)
+    tokens = int(lengths_B.sum())
     # Sums over one flat, ordered list of tokens in float64: the same number in every layout.
     entropy_sum = float(entropy_BL[mask_BL].double().sum())
-    signal = mean_entropy(entropy_sum, tokens)
-    advantages_B = grpo_advantages(batch.rewards_B, batch.groups_B, batch.valid_B)
+    entropy = mean_entropy(entropy_sum, tokens)
     metrics.add("entropy", entropy_sum, tokens)
     gap_T = (logprobs_BL - batch.rollout_logprobs_BL)[mask_BL].double()
     # k3 of KL(rollout || trainer), Schulman 2020: zero where both agree, never negative
     metrics.add("rollout_trainer_kl", float((gap_T.exp() - 1 - gap_T).sum()), tokens)
     metrics.add("rollout_trainer_gap_max", float(gap_T.abs().max()))
     metrics.add("reward_mean", float(batch.rewards_B[batch.valid_B].sum()), int(batch.valid_B.sum()))
-    metrics.add("informative_share", int((advantages_B != 0).sum()), len(batch))
-    rows = TrainingRows(
-        tokens_BL=batch.tokens_BL,
-        mask_BL=mask_BL,
-        old_logprobs_BL=logprobs_BL,
-        advantages_BL=advantages_B[:, None].expand_as(logprobs_BL),
+    mismatch_BL = None
+    if correction is not None:
+        mismatch_BL, _, found = mismatch(logprobs_BL, batch.rollout_logprobs_BL, mask_BL, correction)
+        for name, (total, count) in found.items():
+            metrics.add(name, float(total), float(count))
+    outcomes = Outcomes(
+        batch.rewards_B,
+        batch.groups_B,
+        batch.valid_B,
+        lengths_B=lengths_B,
+        mean_logprob_B=torch.where(mask_BL, logprobs_BL, 0.0).sum(1) / lengths_B.clamp(min=1),
     )
-    return PreparedBatch(rows=rows, groups_B=batch.groups_B, entropy=signal)
+    stats = BatchStats(mask_BL, logprobs_BL, entropy_BL, token_pass.nucleus_BL, mismatch_BL, reference_BL)
+    signal = _signal(recipe, stats, entropy)
+    return PreparedBatch(batch.tokens_BL, batch.groups_B, outcomes, stats, entropy, signal)
 
 
-def minibatches(batch: PreparedBatch, objective: ObjectiveConfig, seed: int) -> Iterator[TrainingRows]:
+def _signal(recipe: Recipe, stats: BatchStats, entropy: float) -> float | None:
+    """The entropy that the recipe's control reads before the updates."""
+    match recipe.control.signal:
+        case "rollout":
+            return entropy
+        case "sequence":
+            sums_B = torch.where(stats.mask_BL, stats.entropy_BL, 0.0).double().sum(1)
+            return mean_entropy(*sequence_sums(sums_B, stats.mask_BL.sum(1)))
+        case "nucleus":
+            return masked_nucleus_entropy(token_batch(stats, torch.zeros(len(stats.mask_BL))), recipe.nucleus_share)
+        case "policy":
+            return None
+
+
+def weigh(
+    batch: PreparedBatch, advantages_B: torch.Tensor, rule: TokenRule, metrics: StepMetrics, *, gain: float, seed: int
+) -> TrainingRows:
+    """The step's rows with everything that the loss is told of their tokens.
+
+    Args:
+        batch: The prepared rows.
+        advantages_B: Advantage of each row.
+        rule: The recipe's token rule.
+        metrics: Receives the share of rows that teach something.
+        gain: The step's strength of the rule.
+        seed: Of a rule that draws.
+    """
+    metrics.add("informative_share", int((advantages_B != 0).sum()), len(advantages_B))
+    given = compose(batch.stats, advantages_B, rule, gain=gain, seed=seed)
+    return TrainingRows(batch.tokens_BL, batch.stats.mask_BL, given)
+
+
+def minibatches(
+    rows: TrainingRows,
+    groups_B: torch.Tensor,
+    objective: ObjectiveConfig,
+    seed: int,
+    *,
+    aggregation: tuple[str, float | None] = ("token_mean", None),
+) -> Iterator[TrainingRows]:
     """The step's mini-batches: each epoch deals whole prompts, shuffled by ``seed``, into ``objective.minibatches``."""
     for epoch in range(objective.epochs):
         generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
-        place_of_prompt = torch.randperm(int(batch.groups_B.max()) + 1, generator=generator)
-        for rows in torch.argsort(place_of_prompt[batch.groups_B], stable=True).chunk(objective.minibatches):
-            yield batch.rows.select(rows)
+        place_of_prompt = torch.randperm(int(groups_B.max()) + 1, generator=generator)
+        for chosen in torch.argsort(place_of_prompt[groups_B], stable=True).chunk(objective.minibatches):
+            part = rows.select(chosen)
+            how, constant = aggregation
+            if how != "token_mean":
+                part.given["scale"] = token_scale(part.mask_BL, how, constant)
+            yield part
 
 
 def evaluate(samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> EvalMetrics:

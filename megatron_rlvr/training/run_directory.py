@@ -7,19 +7,23 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-from megatron_rlvr.config import Config, ConfigError, differences, load_config, save_config
+from megatron_rlvr.config import LAYOUT, PIPELINE_SPLIT, Config, ConfigError, differences, load_config, save_config
 from megatron_rlvr.core import RLVRError
 from megatron_rlvr.report import read_records
 
 _STEP = re.compile(r"step_(\d+)")
 _MANIFEST = "manifest.json"
-# Keys that may change between the parts of a resumed run: they do not change what is computed.
+# Keys that may change between the parts of a resumed run: they do not change what is computed, only where and when.
 _FREE = (
-    *("run.dir", "run.checkpoint_every", "run.checkpoints_kept"),
+    *("run.dir", "run.checkpoint_every", "run.async_checkpoint", "run.checkpoints_kept"),
     *("verify.url", "verify.deadline_s", "verify.max_infra_error_share"),
+    *(f"policy.{name}" for name in LAYOUT),
 )
+# The same of policy.megatron: Megatron-Core's ways to save memory and to overlap communication with computation.
+_FREE_MEGATRON = re.compile(rf"(overlap|align|recompute|tp_comm)_\w+|bucket_size|{'|'.join(PIPELINE_SPLIT)}")
 
 
 class RunDirectory:
@@ -31,6 +35,7 @@ class RunDirectory:
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
         self.evaluations_file = self.path / "evaluations.jsonl"
+        self.notes_file = self.path / "notes.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.figures = self.path / "figures"
         self.model = self.path / "model"
@@ -45,7 +50,7 @@ class RunDirectory:
         """
         if self.config_file.exists():
             saved = load_config(self.config_file)
-            changed = [key for key in differences(saved, config) if key not in _FREE]
+            changed = [key for key in differences(_comparable(saved), _comparable(config)) if key not in _FREE]
             if changed:
                 raise ConfigError(
                     f"{self.path} holds a run with other settings ({', '.join(changed)}); choose another run.dir, "
@@ -64,7 +69,7 @@ class RunDirectory:
 
     def finished(self, steps: int) -> bool:
         """Whether the run has done all its ``steps`` and exported its model, which is the last thing it does."""
-        return self.saved_steps()[-1:] == [steps] and (self.model / "model.safetensors").exists()
+        return self.saved_steps()[-1:] == [steps] and any(self.model.glob("model.safetensors*"))
 
     def checkpoint(self, step: int) -> Path:
         """The directory of the checkpoint after ``step`` steps."""
@@ -86,8 +91,15 @@ class RunDirectory:
         _write_manifest(unfinished)
         shutil.rmtree(self.checkpoint(step), ignore_errors=True)
         os.replace(unfinished, self.checkpoint(step))
+        self.prune(kept)
+
+    def prune(self, kept: int) -> None:
+        """Remove all checkpoints but the newest ``kept``, and what kills have left of others."""
+        for left in self.checkpoints.glob("unfinished_*"):
+            shutil.rmtree(left)
         for old in self.saved_steps()[:-kept]:
-            shutil.rmtree(self.checkpoint(old))
+            # A kill must not leave half of what still looks like a checkpoint.
+            shutil.rmtree(self.checkpoint(old).rename(self.checkpoints / f"unfinished_{old}"))
 
     def verify_checkpoint(self, step: int) -> None:
         """Compare every file of a checkpoint with its manifest.
@@ -109,11 +121,18 @@ class RunDirectory:
     def truncate_records(self, steps: int) -> None:
         """Drop the records of steps that will be repeated, i.e. those after the first ``steps``."""
         # A step's record carries the steps done before it, an evaluation's likewise; a fresh run evaluates first.
-        for path, first_repeated in ((self.metrics_file, steps), (self.evaluations_file, steps + 1 if steps else 0)):
+        evaluations = (self.evaluations_file, steps + 1 if steps else 0)
+        for path, first_repeated in ((self.metrics_file, steps), (self.notes_file, steps), evaluations):
             kept = [record for record in read_records(path) if record["step"] < first_repeated]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
             os.replace(temporary, path)
+
+
+def _comparable(config: Config) -> Config:
+    """The configuration without the free keys of ``policy.megatron``."""
+    fixed = {key: value for key, value in config.policy.megatron.items() if not _FREE_MEGATRON.fullmatch(key)}
+    return replace(config, policy=replace(config.policy, megatron=fixed))
 
 
 def _write_manifest(directory: Path) -> None:

@@ -9,27 +9,29 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from megatron_rlvr.config import Config, ConfigError
 from megatron_rlvr.core import Prompt, RLVRError, RolloutBatch, Sample, SamplingParams, StepMetrics, Verdict
 from megatron_rlvr.data import PromptSampler, open_prompts
-from megatron_rlvr.objective import policy_loss
+from megatron_rlvr.entropy import Actuation, Attribution
+from megatron_rlvr.objective import diagnose
 from megatron_rlvr.policy import parallel
-from megatron_rlvr.policy.checkpoint import export_hf
+from megatron_rlvr.policy.hf_export import export_hf
 from megatron_rlvr.policy.policy import Policy
 from megatron_rlvr.report import RunRecorder
 from megatron_rlvr.rollout import EmbeddedEngine, derive_seed, generate_share, load_tokenizer, pad_id
 from megatron_rlvr.training import checkpoint
-from megatron_rlvr.training.launch import controller_of
-from megatron_rlvr.training.phases import PreparedBatch, evaluate, minibatches, prepare, record_samples
+from megatron_rlvr.training.composition import compose_run
+from megatron_rlvr.training.phases import PreparedBatch, evaluate, minibatches, prepare, record_samples, weigh
 from megatron_rlvr.training.run_directory import RunDirectory
 from megatron_rlvr.verify import VerifierClient, local_service
 
 T = TypeVar("T")
 
 # Streams of random numbers, one per use; a step's seed is derived from (run.seed, stream, step).
-_ROLLOUT, _MINIBATCHES, _EVALUATION = range(3)
+_ROLLOUT, _MINIBATCHES, _EVALUATION, _TOKEN_RULE = range(4)
 
 
 class Trainer:
@@ -49,11 +51,18 @@ class Trainer:
         self.config = config
         self.directory = RunDirectory(config.run.dir)
         policy, run, rollout = config.policy, config.run, config.rollout
-        parallel.initialize(tensor_parallel=policy.tensor_parallel, data_parallel=policy.data_parallel, seed=run.seed)
+        parallel.initialize(
+            tensor_parallel=policy.tensor_parallel,
+            data_parallel=policy.data_parallel,
+            pipeline_parallel=policy.pipeline_parallel,
+            virtual_pipeline=policy.virtual_pipeline,
+            context_parallel=policy.context_parallel,
+            seed=run.seed,
+        )
         self._resources.callback(parallel.shutdown)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         # Python objects travel over gloo, beside NCCL where that carries the tensors.
-        self._control = dist.new_group(backend="gloo")
+        self.object_group = dist.new_group(backend="gloo")
         self.on_rank_0(lambda: self.directory.open(config))
         tokenizer = load_tokenizer(policy.model)
         chat_template = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
@@ -65,13 +74,22 @@ class Trainer:
         )
         self.pad_id = pad_id(tokenizer)
         self.sampler = PromptSampler(prompts, run.seed)
-        self.policy = Policy(policy, temperature=rollout.temperature, total_steps=run.steps)
+        self.composition = compose_run(config, len(prompts))
+        self.control = self.composition.recipe.control
+        self.attribution = Attribution()
+        self.policy_entropy: float | None = None  # of the last step's updates
+        self.policy = Policy(
+            policy,
+            temperature=rollout.temperature,
+            total_steps=run.steps,
+            keep_reference=config.objective.kl > 0.0,
+        )
         self.engine = EmbeddedEngine(policy.model, tokenizer, parallel.device())
-        self.controller = controller_of(config, len(prompts))
-        self.step = checkpoint.resume(self)
-        self.on_rank_0(self._open_services)
+        self.step, relaid = checkpoint.resume(self)
+        self._checkpointer = checkpoint.Checkpointer(self)
+        self.on_rank_0(lambda: self._open_services(relaid))
 
-    def _open_services(self) -> None:
+    def _open_services(self, relaid: str | None) -> None:
         """What only rank 0 has: the verifier and the run's records."""
         verify = self.config.verify
         url = verify.url or self._resources.enter_context(local_service())
@@ -80,6 +98,7 @@ class Trainer:
         self.directory.truncate_records(self.step)
         recorder = RunRecorder(self.directory.path, total_steps=self.config.run.steps, first_step=self.step)
         self._recorder = self._resources.enter_context(recorder)
+        self._recorder.note(self.step, "resumed in another layout", relaid)
 
     def __enter__(self) -> Trainer:
         """The trainer itself."""
@@ -96,65 +115,122 @@ class Trainer:
             self._evaluate()
         while self.step < self.config.run.steps:
             self._train_step()
+            self._checkpointer.poll()
             last = self.step == self.config.run.steps
             every = self.config.evaluation.every
             if last or (every and self.step % every == 0):
                 self._evaluate()
             if last or self.step % self.config.run.checkpoint_every == 0:
-                checkpoint.save(self)
+                self._checkpointer.save(wait=last or not self.config.run.async_checkpoint)
         export_hf(self.policy, self.directory.model)
 
     def _train_step(self) -> None:
         metrics, local, seconds = StepMetrics(), StepMetrics(), dict[str, float]()
         started = time.perf_counter()
-        prompts = self.sampler.take(self.config.rollout.prompts)
+        rollout = self.config.rollout
+        prompts = self.sampler.take(rollout.prompts)
+        self.policy.temperature = self.control.next_temperature(rollout.temperature)
         with _timed(seconds, "rollout"):
-            samples = self._rollout(prompts, self.config.rollout.samples_per_prompt, self._seed(_ROLLOUT))
+            samples = self._rollout(prompts, rollout.samples_per_prompt, self._seed(_ROLLOUT), self.policy.temperature)
         with _timed(seconds, "verify"):
             batch = self._verify(prompts, samples, local)
         with _timed(seconds, "prepare"):
-            prepared = prepare(batch, *self.policy.log_probs(batch.tokens_BL, batch.response_mask_BL), metrics)
-        positive_weight, learning_rate = self.controller.value, self.policy.learning_rate
+            prepared = self._prepare(batch, metrics)
+        steered_by = self.policy_entropy if self.control.signal == "policy" else prepared.signal
+        learning_rate, actuation = self.policy.learning_rate, self.control.decide(steered_by)
+        change = self.attribution.observe(prepared.entropy)
         with _timed(seconds, "update"):
-            self._update(prepared, positive_weight, metrics)
-        self.controller.update(prepared.entropy)
+            self._update(prepared, actuation, metrics)
         self.policy.step_schedule()
         with _timed(seconds, "resync"):
             self.engine.resync(self.policy.named_tensors(), version=self.step + 1)
-        reduced = self.policy.reduce_metrics(metrics)
+        means = self.policy.reduce_metrics(metrics).means()
+        self.policy_entropy = means["policy_entropy"]
+        shares = self.attribution.record(means)
         if self.rank == 0:
             total = time.perf_counter() - started
             self._recorder.record_step(
                 {
                     "step": self.step,
                     "epoch": self.sampler.epoch,
-                    "positive_weight": positive_weight,
+                    **self._controlled(actuation),
                     "learning_rate": learning_rate,
-                    **reduced.means(),
+                    **means,
+                    **change,
+                    **shares,
                     **local.means(),
                     "tokens_per_s": local.sums["response_tokens"] / total,
                     **{f"seconds/{phase}": value for phase, value in seconds.items()},
                     "seconds/total": total,
-                    "saturated_low": self.controller.saturated_low,
-                    "saturated_high": self.controller.saturated_high,
                 }
             )
+            self._note(prepared, batch, means)
         self.step += 1
 
-    def _rollout(self, prompts: Sequence[Prompt], samples_per_prompt: int, seed: int) -> list[Sample]:
+    def _prepare(self, batch: RolloutBatch, metrics: StepMetrics) -> PreparedBatch:
+        tokens_BL, mask_BL, composition = batch.tokens_BL, batch.response_mask_BL, self.composition
+        return prepare(
+            batch,
+            self.policy.log_probs(tokens_BL, mask_BL, nucleus=composition.recipe.nucleus),
+            metrics,
+            recipe=composition.recipe,
+            correction=composition.mismatch,
+            reference_BL=self.policy.reference_log_probs(tokens_BL, mask_BL) if composition.loss.kl > 0.0 else None,
+        )
+
+    def _controlled(self, actuation: Actuation) -> dict[str, float]:
+        """What entropy control did in this step, for the records."""
+        optional = {"target": self.control.target, "temperature": actuation.temperature}
+        optional |= {"clip_low": actuation.clip_low, "clip_high": actuation.clip_high}
+        return {
+            "positive_weight": actuation.positive_weight,
+            "control/value": self.control.value,
+            "control/negative_weight": actuation.negative_weight,
+            "control/bonus": actuation.bonus,
+            "control/gain": actuation.gain,
+            "control/fallback": self.control.fallback_value,
+            **{f"control/{name}": value for name, value in optional.items() if value is not None},
+            "saturated_low": self.control.saturated_low,
+            "saturated_high": self.control.saturated_high,
+        }
+
+    def _note(self, prepared: PreparedBatch, batch: RolloutBatch, means: dict[str, float]) -> None:
+        """Say in words what a user should look at: a controller that can do no more, an engine that disagrees."""
+        self._recorder.note(self.step, "entropy control", self.control.alarm)
+        # the rounding of log-probs themselves, of which fp32 has little and bf16 much
+        eps = torch.finfo(torch.float32 if self.config.policy.precision == "fp32" else torch.bfloat16).eps
+        finding = None
+        if means["rollout_trainer_gap_max"] > (tolerance := max(1e-3, 32 * eps)):
+            mask_BL, stats = prepared.stats.mask_BL, prepared.stats
+            finding = diagnose(
+                stats.logprob_BL[mask_BL],
+                batch.rollout_logprobs_BL[mask_BL],
+                stats.entropy_BL[mask_BL],
+                versions={batch.weight_version},
+                expected_version=self.step,
+                eps=eps,
+                tolerance=tolerance,
+            )
+        self._recorder.note(
+            self.step, "engine and trainer disagree", finding and f"{finding.cause}: {finding.sentence}"
+        )
+
+    def _rollout(
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, seed: int, temperature: float
+    ) -> list[Sample]:
         """All samples on rank 0, in prompt order; an empty list elsewhere."""
         rollout = self.config.rollout
         calls = generate_share(
             self.engine,
             [prompt.text for prompt in prompts],
-            SamplingParams(rollout.temperature, rollout.max_new_tokens, samples_per_prompt, seed),
+            SamplingParams(temperature, rollout.max_new_tokens, samples_per_prompt, seed),
             prompts_per_call=rollout.prompts_per_call,
             rank=self.rank,
             ranks=self.ranks,
         )
         share = [sample for call in calls for sample in call]
         gathered: list[Any] | None = [None] * self.ranks if self.rank == 0 else None
-        dist.gather_object(share, gathered, group=self._control)
+        dist.gather_object(share, gathered, group=self.object_group)
         # sorted() is stable: samples of one prompt, which one rank drew, keep their order
         return sorted((sample for part in gathered or [] for sample in part), key=lambda sample: sample.group)
 
@@ -177,23 +253,28 @@ class Trainer:
             )
         return batch
 
-    def _update(self, prepared: PreparedBatch, positive_weight: float, metrics: StepMetrics) -> None:
-        objective = self.config.objective
-        loss = partial(
-            policy_loss,
-            clip_low=objective.clip_low,
-            clip_high=objective.clip_high,
-            positive_weight=positive_weight,
+    def _update(self, prepared: PreparedBatch, actuation: Actuation, metrics: StepMetrics) -> None:
+        composition, objective = self.composition, self.config.objective
+        rows = weigh(
+            prepared,
+            composition.estimator(prepared.outcomes),
+            composition.recipe.rule,
+            metrics,
+            gain=actuation.gain,
+            seed=self._seed(_TOKEN_RULE),
         )
-        for rows in minibatches(prepared, objective, self._seed(_MINIBATCHES)):
-            self.policy.update(rows, loss, metrics)
+        parts = minibatches(
+            rows, prepared.groups_B, objective, self._seed(_MINIBATCHES), aggregation=composition.aggregation
+        )
+        for age, part in enumerate(parts, start=1):
+            self.policy.update(part, composition.objective(actuation, age), metrics)
 
     def _evaluate(self) -> None:
         """Accuracy on the held-out prompts, drawn with the same random numbers every time."""
         if not self.heldout:
             return
         seed = derive_seed(self.config.run.seed, _EVALUATION)
-        samples = self._rollout(self.heldout, self.config.evaluation.samples, seed)
+        samples = self._rollout(self.heldout, self.config.evaluation.samples, seed, self.config.rollout.temperature)
 
         def record() -> None:
             result = evaluate(samples, self._judge(self.heldout, samples))
@@ -212,7 +293,7 @@ class Trainer:
                 box[0] = work()
             except (RLVRError, ConfigError) as error:
                 box[1] = error
-        dist.broadcast_object_list(box, src=0, group=self._control)
+        dist.broadcast_object_list(box, src=0, group=self.object_group)
         if box[1] is not None:
             raise box[1]
         return cast(T, box[0])

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import warnings
+from functools import partial
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -31,7 +32,7 @@ def run_rank(config: Config) -> int:
         if slurm in os.environ:
             os.environ.setdefault(name, os.environ[slurm])
     warnings.filterwarnings("ignore", module="megatron")  # of optional packages that a CPU machine never has
-    _end_forked_children_with_this_rank()
+    _end_with_the_parent()
     handler = get_error_handler()
     handler.initialize()
     try:
@@ -51,12 +52,14 @@ def run_rank(config: Config) -> int:
     return 0
 
 
-def _end_forked_children_with_this_rank() -> None:
-    """Have the kernel end forked children, Megatron's checkpoint writers, when this rank is killed.
+def _end_with_the_parent() -> None:
+    """Have the kernel end this rank with its launcher, and forked children, Megatron's checkpoint writers, with it.
 
-    Left alone, a writer would wait for its dead parent for good and keep the verifier's and the launcher's pipes open.
+    Left alone, ranks would go on writing into a run directory that the next launcher resumes from, and a writer would
+    wait for its dead parent for good and keep the verifier's and the launcher's pipes open.
     """
     if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         prctl = ctypes.CDLL(None).prctl
-        os.register_at_fork(after_in_child=lambda: prctl(set_parent_death_signal, signal.SIGKILL))
+        end_with_parent = partial(prctl, 1, signal.SIGKILL)  # PR_SET_PDEATHSIG of prctl(2)
+        end_with_parent()
+        os.register_at_fork(after_in_child=end_with_parent)

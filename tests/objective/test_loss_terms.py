@@ -14,6 +14,7 @@ from loss_cases import FIELDS, SURROGATES, everything, gradient, loss_and_gradie
 
 from megatron_rlvr.core import RLVRError
 from megatron_rlvr.objective import LossInputs, LossSettings, check_composition, policy_loss
+from megatron_rlvr.objective.loss import KINK
 
 INF = math.inf
 SEEDS = st.integers(0, 10**6)
@@ -60,7 +61,7 @@ def test_every_term_by_hand() -> None:
     kl = [0.5 * math.log(r) ** 2 for r in (1.1, 1.5, 0.5)]
     expected = [
         -0.25 * 2 * 1.1 + 0.1 * kl[0] - 0.01 * 0.1,
-        3 * (-0.5 * 2 * 1.5 + 0.1 * kl[1] + 0.7 * math.log(1.5)),  # a penalised ratio is not clipped
+        3 * (-0.5 * 2 * 1.5 + 0.1 * kl[1] + 0.7 * (math.log(1.5) - KINK / 2)),  # a penalised ratio is not clipped
         2 * (2 * 0.8 + 0.1 * kl[2] - 0.01 * 2 * 0.3),
     ]
     assert outputs.losses.tolist() == pytest.approx(expected, rel=1e-12)
@@ -70,7 +71,7 @@ def test_every_term_by_hand() -> None:
         {
             "weight": 0.25 + 0.5 + 2.0,
             "kl_reference": sum(kl),
-            "penalty": 0.7 * math.log(1.5),
+            "penalty": 0.7 * (math.log(1.5) - KINK / 2),
             "entropy_bonus": 0.01 * (0.1 + 0.6),
         },
         rel=1e-12,
@@ -94,6 +95,14 @@ def test_a_penalised_token_keeps_its_gradient_beyond_the_clip() -> None:
     withheld = "entropy_drive/withheld_positive"
     assert sums(hand(**slopes), LossSettings())[withheld] != 0.0
     assert sums(hand(penalty=vector(0.0, 0.7, 0.0), **slopes), LossSettings())[withheld] == 0.0
+
+
+def test_a_rounding_error_is_no_penalty() -> None:
+    noise = vector(1e-7, -1e-7, 0.0)
+    inputs = hand(penalty=vector(1.0, 1.0, 1.0), logprob=(-1.0 + noise).requires_grad_())
+    assert gradient(policy_loss(inputs, LossSettings()), inputs.logprob).tolist() == pytest.approx(
+        [-2, -2, 1], abs=1e-3
+    )
 
 
 def test_the_penalty_vanishes_on_policy() -> None:

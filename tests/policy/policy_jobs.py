@@ -6,13 +6,13 @@ import copy
 import inspect
 import sys
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch._dynamo  # wraps torch.manual_seed when first imported, which must not look like our doing
-from policy_models import CLIP, POSITIVE_WEIGHT, TEMPERATURE
+from policy_models import CLIP, POSITIVE_WEIGHT, TEMPERATURE, exact_advantages
 
 from megatron_rlvr.policy import cpu_runtime
 
@@ -24,18 +24,18 @@ from megatron.core import __version__ as megatron_version  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E402
 
-from megatron_rlvr.config import ObjectiveConfig, PolicyConfig  # noqa: E402
+from megatron_rlvr.config import PolicyConfig  # noqa: E402
 from megatron_rlvr.core import RLVRError, RolloutBatch, SamplingParams, StepMetrics  # noqa: E402
-from megatron_rlvr.entropy import EntropyGuided  # noqa: E402
-from megatron_rlvr.objective import LossInputs, LossOutputs, policy_loss  # noqa: E402
+from megatron_rlvr.objective import LossInputs, LossOutputs, Objective  # noqa: E402
 from megatron_rlvr.policy import parallel  # noqa: E402
-from megatron_rlvr.policy.checkpoint import export_hf, load_policy, save_policy  # noqa: E402
+from megatron_rlvr.policy.checkpoint import load_policy, save_policy  # noqa: E402
+from megatron_rlvr.policy.hf_export import export_hf  # noqa: E402
 from megatron_rlvr.policy.hf_weights import WeightMap, named_full_tensors  # noqa: E402
 from megatron_rlvr.policy.policy import Policy, TrainingRows  # noqa: E402
 from megatron_rlvr.rollout import EmbeddedEngine, load_tokenizer, pad_id  # noqa: E402
-from megatron_rlvr.training.phases import minibatches, prepare  # noqa: E402
 
 Tensors = dict[str, torch.Tensor]
+NUCLEUS = 0.9
 GRADIENT = "main_grad"  # where Megatron-Core keeps a parameter's gradient, in fp32
 
 
@@ -45,42 +45,46 @@ def layout(
     """Everything that must not depend on the layout, for several micro-batch sizes."""
     initialize(policy)
     batch = torch.load(batch_file)
-    results = {size: one_step(policy | {"micro_batch": size}, batch, export) for size in micro_batches}
+    results = {size: one_step(sized(policy, size), batch, export) for size in micro_batches}
     return {
         "version": megatron_version,
         "steps": results,
-        "gradient": gradient(policy | {"micro_batch": micro_batches[-1]}, batch),
+        "gradient": gradient(sized(policy, micro_batches[-1]), batch),
     }
 
 
+def sized(policy: dict[str, Any], size: int) -> dict[str, Any]:
+    """Micro-batches of ``size`` rows, or of as many times the tokens that the settings say."""
+    return policy | {"micro_batch": size, "micro_batch_tokens": size * policy.get("micro_batch_tokens", 0)}
+
+
 def initialize(policy: dict[str, Any]) -> None:
-    parallel.initialize(tensor_parallel=policy["tensor_parallel"], data_parallel=policy.get("data_parallel", 1), seed=0)
+    sizes = ("tensor_parallel", "data_parallel", "pipeline_parallel", "virtual_pipeline", "context_parallel")
+    parallel.initialize(**{name: policy.get(name, 1) for name in sizes}, seed=0)
 
 
 def one_step(settings: dict[str, Any], batch: Tensors, export: str | None) -> dict[str, Any]:
-    """A training step without the rollout: log-probs, advantages, three updates, the controller."""
-    policy = Policy(PolicyConfig(**settings), temperature=TEMPERATURE, total_steps=10)
+    """A training step without the rollout: log-probs, three updates, log-probs of the reference."""
+    policy = Policy(PolicyConfig(**settings), temperature=TEMPERATURE, total_steps=10, keep_reference=True)
     loaded = weights_of(policy)
-    rollout = rollout_batch(batch)
-    logprobs_BL, entropy_BL = policy.log_probs(rollout.tokens_BL, rollout.response_mask_BL)
-    prepared = prepare(rollout, logprobs_BL, entropy_BL, StepMetrics())
-    controller = EntropyGuided(target=1.5, initial=0.5)
-    objective = with_loss(controller.value)
+    mask_BL = batch["response_mask_BL"]
+    before = policy.log_probs(batch["tokens_BL"], mask_BL, nucleus=NUCLEUS)
+    rows = training_rows(batch, before.logprobs_BL)
     updates = []
-    for rows in minibatches(prepared, ObjectiveConfig(minibatches=3), seed=1):
+    for third in range(3):
         metrics = StepMetrics()
-        policy.update(rows, objective, metrics)
+        policy.update(rows.select(batch["groups_B"] % 3 == third), with_loss(POSITIVE_WEIGHT), metrics)
         updates.append(policy.reduce_metrics(metrics).means())
-    controller.update(prepared.entropy)
     policy.step_schedule()
+    reference_BL = policy.reference_log_probs(batch["tokens_BL"], mask_BL)
     if export is not None:
         export_hf(policy, Path(export))
     return {
         "loaded": loaded,
-        "logprobs": logprobs_BL,
-        "entropy": entropy_BL,
-        "mean_entropy": prepared.entropy,
-        "positive_weight": controller.value,
+        "logprobs": before.logprobs_BL,
+        "entropy": before.entropy_BL,
+        "nucleus": before.nucleus_BL,
+        "reference": reference_BL,
         "updates": updates,
         "learning_rate": policy.learning_rate,
         "weights": weights_of(policy),
@@ -92,46 +96,58 @@ def gradient(settings: dict[str, Any], batch: Tensors) -> dict[str, Any]:
     unclipped = settings | {"megatron": settings["megatron"] | {"clip_grad": 1e9}}
     policy = Policy(PolicyConfig(**unclipped), temperature=TEMPERATURE, total_steps=10)
     widths: set[int] = set()
-    policy.module.register_forward_hook(lambda _, __, output: widths.add(output.shape[-1]))
-    rollout, metrics = rollout_batch(batch), StepMetrics()
-    logprobs_BL, entropy_BL = policy.log_probs(rollout.tokens_BL, rollout.response_mask_BL)
-    rows = prepare(rollout, logprobs_BL, entropy_BL, StepMetrics()).rows
-    rows.old_logprobs_BL.add_(batch["drift_BL"])
-    policy.update(rows, with_loss(POSITIVE_WEIGHT), metrics)
+    policy.modules[-1].register_forward_hook(lambda _, __, output: widths.add(output.shape[-1]))
+    metrics = StepMetrics()
+    old_BL = policy.log_probs(batch["tokens_BL"], batch["response_mask_BL"]).logprobs_BL + batch["drift_BL"]
+    policy.update(training_rows(batch, old_BL), with_loss(POSITIVE_WEIGHT), metrics)
+    gather_gradients(policy)
     # already reduced over the ranks and divided by the number of tokens
-    grads: Any = [(name, getattr(parameter, GRADIENT)) for name, parameter in policy.module.named_parameters()]
-    shim: Any = SimpleNamespace(named_parameters=lambda: iter(grads))
-    group = parallel_state.get_tensor_model_parallel_group()
+    groups = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
+    grads = named_full_tensors(policy.modules, WeightMap(policy.hf_config), *groups, value=attrgetter(GRADIENT))
     return {
         "output_widths": widths,
-        "old_logprobs": rows.old_logprobs_BL,
+        "old_logprobs": old_BL,
         "metrics": policy.reduce_metrics(metrics).means(),
-        "grads": {name: grad.clone() for name, grad in named_full_tensors(shim, WeightMap(policy.hf_config), group)},
+        "grads": {name: grad.clone() for name, grad in grads},
         "weights": weights_of(policy),
     }
 
 
-def with_loss(positive_weight: float) -> Any:
-    """The clipped objective, which also reports the loss itself."""
+def gather_gradients(policy: Policy) -> None:
+    """The distributed optimizer leaves each rank with the reduced gradients of its own share only."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    for model in policy.models:
+        for bucket in (bucket for buffer in model.buffers for bucket in buffer.buckets):
+            if model.ddp_config.use_distributed_optimizer:
+                share = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+                torch.distributed.all_gather_into_tensor(bucket.grad_data, share, group=group)
 
-    def objective(inputs: LossInputs) -> LossOutputs:
-        outputs = policy_loss(inputs, clip_low=CLIP, clip_high=CLIP, positive_weight=positive_weight)
-        outputs.metrics["loss"] = (outputs.loss_sum.detach().double(), outputs.count)
-        return outputs
 
-    return objective
+def with_loss(positive_weight: float, *, separable: bool = True) -> Objective:
+    """The clipped surrogate with a weight on positive advantages."""
+
+    def loss(inputs: LossInputs) -> LossOutputs:
+        ratio, advantages = (inputs.logprob - inputs.old_logprob).exp(), inputs.advantages
+        clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
+        surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+        losses = -torch.where(advantages > 0, positive_weight, 1.0) * surrogate
+        values = {
+            "loss": losses,
+            "clip_fraction_high": (advantages > 0) & (ratio > 1 + CLIP),
+            "clip_fraction_low": (advantages < 0) & (ratio < 1 - CLIP),
+            "policy_entropy": inputs.entropy,
+        }
+        count = inputs.mask.sum()
+        metrics = {name: (value.detach().sum(dtype=torch.float64), count) for name, value in values.items()}
+        return LossOutputs(losses=losses, count=count, metrics=metrics)
+
+    return Objective(loss, separable=separable)
 
 
-def rollout_batch(batch: Tensors) -> RolloutBatch:
-    return RolloutBatch(
-        tokens_BL=batch["tokens_BL"],
-        response_mask_BL=batch["response_mask_BL"],
-        rollout_logprobs_BL=torch.zeros(batch["tokens_BL"].shape),
-        groups_B=batch["groups_B"],
-        rewards_B=batch["rewards_B"],
-        valid_B=batch["valid_B"],
-        weight_version=0,
-    )
+def training_rows(batch: Tensors, old_logprobs_BL: torch.Tensor) -> TrainingRows:
+    mask_BL = batch["response_mask_BL"] & batch["valid_B"][:, None]
+    advantages_BL = exact_advantages(batch).float()[:, None].expand(mask_BL.shape)
+    return TrainingRows(batch["tokens_BL"], mask_BL, {"old_logprob": old_logprobs_BL, "advantages": advantages_BL})
 
 
 def weights_of(policy: Policy) -> Tensors:
@@ -160,17 +176,20 @@ def load_checkpoint(policy: dict[str, Any], batch_file: str, directory: str) -> 
     torch.manual_seed(4321)
     trained = Policy(PolicyConfig(**policy), temperature=TEMPERATURE, total_steps=10)
     try:
-        load_policy(trained, Path(directory))
+        changed = load_policy(trained, Path(directory))
     except RLVRError as error:
         return {"error": str(error)}
-    return {"saved": state_of(trained), "next": next_update(trained, list(update_rows(batch_file))[2])}
+    return {
+        "changed": changed,
+        "saved": state_of(trained),
+        "next": next_update(trained, list(update_rows(batch_file))[2]),
+    }
 
 
 def update_rows(batch_file: str) -> Iterator[TrainingRows]:
     batch = torch.load(batch_file)
-    rollout = rollout_batch(batch)
-    prepared = prepare(rollout, batch["drift_BL"] - 2.0, torch.ones(batch["drift_BL"].shape), StepMetrics())
-    return minibatches(prepared, ObjectiveConfig(minibatches=3), seed=2)
+    rows = training_rows(batch, batch["drift_BL"] - 2.0)
+    return (rows.select(batch["groups_B"] % 3 == third) for third in range(3))
 
 
 def state_of(policy: Policy) -> dict[str, Any]:
@@ -178,7 +197,9 @@ def state_of(policy: Policy) -> dict[str, Any]:
         tracked = torch.get_rng_state()
     return {
         "weights": weights_of(policy),
-        "optimizer": copy.deepcopy(policy.optimizer.state_dict()),
+        "optimizer": copy.deepcopy(
+            [part.optimizer.state_dict()["state"] for part in policy.optimizer.chained_optimizers]
+        ),
         "schedule": policy.schedule.state_dict(),
         "learning_rate": policy.learning_rate,
         "rng": torch.get_rng_state(),
@@ -203,7 +224,7 @@ def resync(policy: dict[str, Any], batch_file: str, prompts: list[str]) -> list[
     for version, rows in enumerate(update_rows(batch_file)):
         engine.resync(trained.named_tensors(), version)
         batch = RolloutBatch.from_samples(engine.generate(prompts, sampling), pad_id(tokenizer))
-        logprobs_BL, _ = trained.log_probs(batch.tokens_BL, batch.response_mask_BL)
+        logprobs_BL = trained.log_probs(batch.tokens_BL, batch.response_mask_BL).logprobs_BL
         reports.append({"version": batch.weight_version, "engine": batch.rollout_logprobs_BL, "trainer": logprobs_BL})
         trained.update(rows, with_loss(0.5), StepMetrics())
     return reports
@@ -214,12 +235,36 @@ def explosion(policy: dict[str, Any], batch_file: str) -> str:
     initialize(policy)
     trained = Policy(PolicyConfig(**policy), temperature=TEMPERATURE, total_steps=10)
     rows = next(update_rows(batch_file))
-    rows.advantages_BL[rows.mask_BL] = torch.inf
+    rows.given["advantages"][rows.mask_BL] = torch.inf
     try:
         trained.update(rows, with_loss(0.5), StepMetrics())
     except RLVRError as error:
         return str(error)
     return "updated"
+
+
+def whole_sequences(policy: dict[str, Any], batch_file: str) -> dict[str, Any]:
+    """The gradient norm of an objective that sees whole sequences, and of one that does not; or why there is none."""
+    initialize(policy)
+    norms: dict[str, Any] = {}
+    for separable in (True, False):
+        trained = Policy(PolicyConfig(**policy), temperature=TEMPERATURE, total_steps=10)
+        metrics, seen = StepMetrics(), []
+        objective = with_loss(0.5)
+
+        def loss(inputs: LossInputs, objective: Objective = objective, seen: list[int] = seen) -> LossOutputs:
+            assert inputs.sequence is not None
+            seen.append(len(inputs.sequence.unique()))
+            return objective.loss(inputs)
+
+        try:
+            trained.update(next(update_rows(batch_file)), Objective(loss, separable=separable), metrics)
+        except RLVRError as error:
+            norms["error"] = str(error)
+            continue
+        norms[str(separable)] = trained.reduce_metrics(metrics).means()["grad_norm"]
+        norms[f"sequences_{separable}"] = seen
+    return norms
 
 
 def refusals(cases: dict[str, dict[str, Any]]) -> dict[str, str]:

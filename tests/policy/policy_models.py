@@ -121,17 +121,22 @@ def exact_stats(model: Qwen3ForCausalLM, batch: dict[str, torch.Tensor]) -> tupl
     return logprob_BL, entropy_BL
 
 
-def exact_loss(model: Qwen3ForCausalLM, batch: dict[str, torch.Tensor], old_logprobs_BL: torch.Tensor) -> torch.Tensor:
-    """Token mean of ``-w min(r A, clip(r) A)``, with w on positive advantages, as the papers write it."""
+def exact_advantages(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """GRPO's, ``[B]`` float64: rewards of each group's valid rows, centred and scaled; 0 elsewhere."""
     valid_B, advantages_B = batch["valid_B"], torch.zeros(len(batch["valid_B"]), dtype=torch.float64)
     for group in range(int(batch["groups_B"].max()) + 1):
         members = (batch["groups_B"] == group) & valid_B
         rewards = batch["rewards_B"][members].double()
         if rewards.min() < rewards.max():
             advantages_B[members] = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
-    mask_BL = batch["response_mask_BL"] & valid_B[:, None]
+    return advantages_B
+
+
+def exact_loss(model: Qwen3ForCausalLM, batch: dict[str, torch.Tensor], old_logprobs_BL: torch.Tensor) -> torch.Tensor:
+    """Token mean of ``-w min(r A, clip(r) A)``, with w on positive advantages, as the papers write it."""
+    mask_BL = batch["response_mask_BL"] & batch["valid_B"][:, None]
     logprob_BL, _ = exact_stats(model, batch)
     ratio_T = (logprob_BL - old_logprobs_BL)[mask_BL].exp()
-    advantage_T = advantages_B[:, None].expand_as(mask_BL)[mask_BL]
+    advantage_T = exact_advantages(batch)[:, None].expand_as(mask_BL)[mask_BL]
     surrogate_T = torch.minimum(ratio_T * advantage_T, ratio_T.clamp(1 - CLIP, 1 + CLIP) * advantage_T)
     return -torch.where(advantage_T > 0, POSITIVE_WEIGHT, 1.0).mul(surrogate_T).mean()

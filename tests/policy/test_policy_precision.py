@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,18 +13,22 @@ from policy_ranks import run_ranks
 from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp1": {},
+    "tp2": {"tensor_parallel": 2},
+    "tp2_sp": {"tensor_parallel": 2, "sequence_parallel": True},
+    "pp2": {"pipeline_parallel": 2, "megatron": {"num_layers_in_first_pipeline_stage": 1}},
+    "cp2_packed": {"context_parallel": 2, "micro_batch_tokens": 20},
+    "dp2_distopt": {"data_parallel": 2, "megatron": {"use_distributed_optimizer": True}},
+}
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_bf16_trains(tmp_path: Path, ranks: int) -> None:
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bf16_trains(tmp_path: Path, layout: str) -> None:
     batch = sampled_batch(BASE)
     torch.save(batch, tmp_path / "batch.pt")
-    policy = {
-        "model": str(BASE),
-        "tensor_parallel": ranks,
-        "precision": "bf16",
-        "learning_rate": 1e-3,
-        "megatron": {},
-    }
+    policy = {"model": str(BASE), "precision": "bf16", "learning_rate": 1e-3, "megatron": {}, **LAYOUTS[layout]}
+    ranks = 1 if layout == "tp1" else 2
     result = run_ranks(
         "layout", ranks, policy=policy, batch_file=str(tmp_path / "batch.pt"), micro_batches=[8], export=None
     )[0]["steps"][8]

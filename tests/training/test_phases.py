@@ -9,7 +9,18 @@ from megatron_rlvr.policy import cpu_runtime
 
 cpu_runtime.install()
 
-from megatron_rlvr.training.phases import evaluate, minibatches, prepare, record_samples  # noqa: E402
+from megatron_rlvr.entropy import RunPlan, build_recipe  # noqa: E402
+from megatron_rlvr.objective import grpo_advantages  # noqa: E402
+from megatron_rlvr.policy.policy import TokenPass  # noqa: E402
+from megatron_rlvr.training.phases import evaluate, minibatches, prepare, record_samples, weigh  # noqa: E402
+
+PAR = build_recipe("par", RunPlan(total_steps=10, steps_per_epoch=5))
+
+
+def weighed(prepared, metrics, recipe=PAR):
+    outcomes = prepared.outcomes
+    advantages_B = grpo_advantages(outcomes.rewards_B, outcomes.groups_B, outcomes.valid_B)
+    return weigh(prepared, advantages_B, recipe.rule, metrics, gain=0.0, seed=0)
 
 
 def sample(group=0, response=(5, 1), text="x", reason=FinishReason.STOP, version=0, prompt=(2, 3)):
@@ -57,17 +68,33 @@ def test_prepare_by_hand():
     logprobs = torch.full(batch.tokens_BL.shape, -0.5)
     entropy = torch.arange(batch.tokens_BL.numel(), dtype=torch.float32).view(batch.tokens_BL.shape)
     metrics = StepMetrics()
-    prepared = prepare(batch, logprobs, entropy, metrics)
+    prepared = prepare(batch, TokenPass(logprobs, entropy), metrics, recipe=PAR)
+    rows = weighed(prepared, metrics)
     # rows of 5 columns, prompts in columns 0-1: tokens 2; 7, 8; the third row has no verdict
-    assert prepared.entropy == pytest.approx((2 + 7 + 8) / 3)
-    assert prepared.rows.mask_BL.sum().item() == 3
-    assert prepared.rows.advantages_BL[0, 0].item() == pytest.approx(2**-0.5, abs=1e-5)
-    assert prepared.rows.advantages_BL[1, 0].item() == pytest.approx(-(2**-0.5), abs=1e-5)
-    assert prepared.rows.advantages_BL[2, 0].item() == 0
+    assert prepared.signal == prepared.entropy == pytest.approx((2 + 7 + 8) / 3)
+    assert rows.mask_BL.sum().item() == 3
+    assert rows.given["advantages"][0, 2].item() == pytest.approx(2**-0.5, abs=1e-5)
+    assert rows.given["advantages"][1, 2].item() == pytest.approx(-(2**-0.5), abs=1e-5)
+    assert rows.given["advantages"][2].abs().sum().item() == 0
+    assert rows.given["weight"].equal(rows.mask_BL.float())
     means = metrics.means()
     assert means["reward_mean"] == 0.5
     assert means["rollout_trainer_kl"] == 0
     assert means["informative_share"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("signal", "expected"), [("rollout", 17 / 3), ("sequence", (2 + 7.5) / 2), ("nucleus", 34 / 3), ("policy", None)]
+)
+def test_the_signals_by_hand(signal, expected):
+    _, batch = batch_of([(0, 0), (0, 1), (0, 2)])
+    batch = batch.with_verdicts([Verdict.ACCEPTED, Verdict.WRONG_ANSWER, Verdict.INFRA_ERROR])
+    entropy = torch.arange(batch.tokens_BL.numel(), dtype=torch.float32).view(batch.tokens_BL.shape)
+    recipe = build_recipe("par", RunPlan(total_steps=10, steps_per_epoch=5), signal=signal)
+    token_pass = TokenPass(torch.full(batch.tokens_BL.shape, -0.5), entropy, 2 * entropy)
+    prepared = prepare(batch, token_pass, StepMetrics(), recipe=recipe)
+    assert prepared.signal == (None if expected is None else pytest.approx(expected))
+    assert prepared.entropy == pytest.approx(17 / 3)
 
 
 def test_a_step_without_verdicts_is_refused():
@@ -75,7 +102,7 @@ def test_a_step_without_verdicts_is_refused():
     batch = batch.with_verdicts([Verdict.INFRA_ERROR] * 2)
     zeros = torch.zeros(batch.tokens_BL.shape)
     with pytest.raises(RLVRError, match="verdict"):
-        prepare(batch, zeros, zeros, StepMetrics())
+        prepare(batch, TokenPass(zeros, zeros), StepMetrics(), recipe=PAR)
 
 
 @given(
@@ -90,10 +117,12 @@ def test_every_epoch_deals_every_row_once_and_keeps_prompts_whole(prompts, group
     _, batch = batch_of([(group, row) for group in range(prompts) for row in range(group_size)])
     batch = batch.with_verdicts([Verdict.ACCEPTED, Verdict.WRONG_ANSWER, *[Verdict.ACCEPTED] * (len(batch) - 2)])
     marks = torch.arange(float(len(batch)))[:, None].expand(batch.tokens_BL.shape)
-    prepared = prepare(batch, marks, torch.zeros(batch.tokens_BL.shape), StepMetrics())
+    token_pass = TokenPass(marks, torch.zeros(batch.tokens_BL.shape))
+    rows = weighed(prepare(batch, token_pass, StepMetrics(), recipe=PAR), StepMetrics())
     objective = ObjectiveConfig(minibatches=pieces, epochs=epochs)
-    dealt = [rows.old_logprobs_BL[:, 0].long().tolist() for rows in minibatches(prepared, objective, seed)]
-    again = [rows.old_logprobs_BL[:, 0].long().tolist() for rows in minibatches(prepared, objective, seed)]
+    # every row has a response token in column 2
+    deals = [list(minibatches(rows, batch.groups_B, objective, seed)) for _ in range(2)]
+    dealt, again = ([part.given["old_logprob"][:, 2].long().tolist() for part in deal] for deal in deals)
     assert dealt == again
     assert len(dealt) == pieces * epochs
     for epoch in range(epochs):
