@@ -56,7 +56,7 @@ class Server:
         return [pid for pid in children(self.process.pid) if "rlvr_sandbox.worker" in command_line(pid)]
 
     def zygotes(self) -> list[int]:
-        return [pid for pid in children(self.process.pid) if "rlvr_sandbox.isolation" in command_line(pid)]
+        return [pid for pid in children(self.process.pid) if "rlvr_sandbox.isolation.zygote" in command_line(pid)]
 
     def metric(self, name: str) -> float:
         """The sum of the named metric over its labels."""

@@ -78,7 +78,7 @@ def readable_copy() -> Iterator[Path]:
         yield home
 
 
-@pytest.fixture(scope="module", params=["ns-root", "ns-user", "landlock-user"])
+@pytest.fixture(scope="module", params=["ns-root", "ns-user", "landlock-user", "bwrap-root", "bwrap-user"])
 def runner(request: pytest.FixtureRequest, readable_copy: Path) -> Iterator[Runner]:
     yield from _serve(*request.param.split("-"), readable_copy)
 

@@ -297,6 +297,27 @@ def test_what_a_killed_service_left_is_swept_by_the_next_one() -> None:
     on("none", body)
 
 
+FORKER = """
+import os, random, threading
+random.seed(1)
+taker, giver = os.pipe()
+if os.fork() == 0:
+    os.write(giver, str(random.random()).encode())
+    os._exit(0)
+os.wait()
+print(float(os.read(taker, 64)) != random.random(), threading.main_thread().is_alive())
+"""
+
+
+def test_modules_hear_of_the_forks_of_programs() -> None:
+    """The zygote spares its runs what modules do after forks; a program that forks itself has it done."""
+
+    async def body(opened: SlotExecutor) -> None:
+        assert (await opened.run(python(FORKER), Limits(processes=4))).stdout == b"True True\n"
+
+    on("ns", body)
+
+
 def test_no_isolation_needs_the_unsafe_flag() -> None:
     with pytest.raises(SandboxError, match="unsafe=True"):
         asyncio.run(open_executor("none"))
@@ -307,10 +328,10 @@ def test_an_unknown_backend_is_named() -> None:
         asyncio.run(open_executor("docker"))
 
 
-def test_the_self_test_finds_that_no_isolation_isolates_nothing() -> None:
+def test_the_self_test_finds_that_no_isolation_isolates_nothing(tmp_path: Path) -> None:
     async def body(opened: SlotExecutor) -> None:
         with pytest.raises(SandboxError, match="read the machine's files") as caught:
-            await prove(opened)
+            await prove(opened, str(tmp_path))
         for attack in ("reach the network", "start a process", "execute a program", "signal other processes"):
             assert attack in str(caught.value)
 

@@ -29,13 +29,15 @@ def attempt(*tries):
 class Bait:
     """A secret file, an open directory, and listeners on TCP and on unix sockets, for as long as the context lasts."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: str | None = None) -> None:
+        """Choose where it will lie: in ``place``, or where temporary files do."""
+        self._place = place
         self._stack = contextlib.ExitStack()
         self._listeners: list[socket.socket] = []
 
     def __enter__(self) -> Bait:
         """Lay it out."""
-        self.directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="rlvr-bait-"))
+        self.directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="bait-", dir=self._place))
         os.chmod(self.directory, 0o777)
         self.secret = secrets.token_hex(8)
         self.file = os.path.join(self.directory, "secret.txt")

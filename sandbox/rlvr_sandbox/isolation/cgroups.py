@@ -6,55 +6,36 @@ a program has used. Version 2 is used where its memory and pids controllers can 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import math
 import os
 import signal
 
-from rlvr_sandbox.isolation.hierarchies import CONTROLLERS, Places, locate, read
+from rlvr_sandbox.isolation.hierarchies import Places, read
 from rlvr_sandbox.isolation.limits import THREADS
 from rlvr_sandbox.isolation.messages import Order
 
 PREFIX = "rlvr-sandbox-"
 # A fork pays for the interpreter's pages that it writes to, and for its page tables and other kernel memory.
 ALLOWANCE_BYTES = 16 << 20
-_REMOVALS = 50
-_REMOVAL_S = 0.01
 
 
-def find() -> Places | None:
-    """The places where this process can make cgroups with limits; ``None`` where there are none."""
-    for places in locate(read("/proc/self/cgroup"), read("/proc/self/mountinfo")):
-        with contextlib.suppress(OSError):
-            _delegate(places)
-            group = Group(places, f"{PREFIX}{os.getpid()}-{os.urandom(4).hex()}")
-            try:
-                group.limit(1 << 30, THREADS)
-            finally:
-                group.release()
-            return places
-    return None
+def sweep(places: Places, own: str = "") -> bool:
+    """Remove the cgroups of services that are dead, and those whose names begin with ``own``; whether all are gone."""
+    doomed = [
+        os.path.join(place, name)
+        for place in places.directories
+        for name in os.listdir(place)
+        if ownerless(name) or (own and name.startswith(own))
+    ]
+    return all([_remove(path) for path in doomed])
 
 
-def _delegate(places: Places) -> None:
-    """Make the controllers available below a cgroup of version 2; one that has processes refuses, but for the root."""
-    if places.version == 2:
-        control = f"{places.memory}/cgroup.subtree_control"
-        wanted = {*CONTROLLERS} - {*read(control).split()}
-        if wanted:
-            _write(control, " ".join(f"+{name}" for name in sorted(wanted)))
-
-
-def sweep(places: Places, own: str = "") -> None:
-    """Remove the cgroups of services that are dead, and those whose names begin with ``own``."""
-    for place in places.directories:
-        for name in os.listdir(place):
-            owner = name.removeprefix(PREFIX).split("-")[0]
-            dead = name.startswith(PREFIX) and owner.isdigit() and not os.path.exists(f"/proc/{owner}")
-            if dead or (own and name.startswith(own)):
-                _remove(os.path.join(place, name))
+def ownerless(name: str) -> bool:
+    """Whether ``name`` is one that a service gives, and that service is dead; each name tells its service's pid."""
+    owner = name.removeprefix(PREFIX).split("-")[0]
+    return name.startswith(PREFIX) and owner.isdigit() and not os.path.exists(f"/proc/{owner}")
 
 
 class Group:
@@ -80,7 +61,7 @@ class Group:
             events = "memory.oom_control" if places.version == 1 else "memory.events"
             self._descriptors.append(os.open(f"{self._memory}/{events}", os.O_RDONLY | os.O_CLOEXEC))
             if places.version == 2:
-                _write(f"{self._memory}/memory.oom.group", "1")
+                write(f"{self._memory}/memory.oom.group", "1")
         except OSError:
             self.release()
             raise
@@ -113,8 +94,8 @@ class Group:
             files.reverse()
         for file, value in zip(files, values, strict=True):
             if "sw" not in file or os.path.exists(f"{self._memory}/{file}"):
-                _write(f"{self._memory}/{file}", value)
-        _write(f"{self._pids}/pids.max", str(processes))
+                write(f"{self._memory}/{file}", value)
+        write(f"{self._pids}/pids.max", str(processes))
         self._limits = (memory, processes)
 
     def release(self) -> bool:
@@ -122,13 +103,6 @@ class Group:
         while self._descriptors:
             os.close(self._descriptors.pop())
         return all([_remove(path) for path in self._paths])
-
-    async def remove(self) -> None:
-        """Release it, waiting a moment for the dead in it to go; what remains is swept later."""
-        for _ in range(_REMOVALS):
-            if self.release():
-                return
-            await asyncio.sleep(_REMOVAL_S)
 
 
 class Kills:
@@ -159,19 +133,33 @@ def join(descriptors: list[int]) -> None:
 
 
 def _remove(path: str) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            os.rmdir(path)
-        except OSError:
-            for pid in read(f"{path}/cgroup.procs").split():
-                with contextlib.suppress(ProcessLookupError):
-                    if int(pid) > 0:  # Those of other pid namespaces read as 0.
-                        os.kill(int(pid), signal.SIGKILL)
-            return False
+    """Remove a cgroup; one that is still in use has its processes killed and is to be tried again."""
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        _kill_all(path)
+        return False
     return True
 
 
-def _write(path: str, text: str) -> None:
+def _kill_all(path: str) -> None:
+    with contextlib.suppress(OSError):  # Version 2 does it at once, since Linux 5.14.
+        write(f"{path}/cgroup.kill", "1")
+        return
+    for pid in read(f"{path}/cgroup.procs").split():
+        with contextlib.suppress(ProcessLookupError):
+            if int(pid) > 0:  # Those of other pid namespaces read as 0.
+                os.kill(int(pid), signal.SIGKILL)
+
+
+def write(path: str, text: str) -> None:
+    """Write to a file of the kernel's that exists, in one call.
+
+    Raises:
+        OSError: If the kernel refuses.
+    """
     descriptor = os.open(path, os.O_WRONLY)
     try:
         os.write(descriptor, text.encode())

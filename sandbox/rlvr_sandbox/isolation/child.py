@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import NoReturn, Protocol
 
-from rlvr_sandbox.isolation import cgroups
+from rlvr_sandbox.isolation import cgroups, forks
 from rlvr_sandbox.isolation.messages import Order
 
 STARTED = b"started"
@@ -21,6 +21,10 @@ NOT_EXECUTED = 127
 _OUTPUT_LOST = 120
 
 Guest = Callable[[str, socket.socket], None]
+
+# In a run every page that is written to costs a copy: names are looked for before, and no module is torn down.
+_ours: list[str] = []
+_hidden: list[types.ModuleType] = []
 
 
 class Walls(Protocol):
@@ -35,8 +39,8 @@ class Walls(Protocol):
     def before_fork(self) -> None:
         """In the zygote, before each run."""
 
-    def after_fork(self) -> None:
-        """In the zygote, right after each fork."""
+    def after_fork(self, pid: int) -> None:
+        """In the zygote, right after each fork of a run ``pid``."""
 
     def workspace(self, order: Order) -> str:
         """In the run: make its private directory and say where it is."""
@@ -54,6 +58,11 @@ class Walls(Protocol):
         """In the zygote: remove what the run left; its leader, also that of its process group, is dead."""
 
 
+def prepare() -> None:
+    """In the zygote, once all is imported: find what programs shall not."""
+    _ours.extend(name for name in sys.modules if name.partition(".")[0] == "rlvr_sandbox")
+
+
 def live(
     order: Order, descriptors: list[int], ready: int, walls: Walls, guests: Mapping[str, Guest], path: list[str]
 ) -> NoReturn:
@@ -69,6 +78,8 @@ def live(
     """
     try:
         cgroups.join(descriptors[order.plumbing : -1])
+        if order.processes > 1:
+            forks.restore()
         # Without a session of its own it could signal its zygote by process group.
         os.setsid()
         source = _settle(order, descriptors, ready, walls)
@@ -131,8 +142,7 @@ def _run(source: bytes, name: str) -> None:
 
 def _finish(body: Callable[[], None], path: list[str]) -> NoReturn:
     """Run ``body`` in a clean interpreter and end the process as the interpreter ends."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "rlvr_sandbox"]:
-        del sys.modules[name]
+    _hidden.extend(map(sys.modules.pop, _ours))
     sys.path[:] = [os.getcwd(), *path]
     sys.argv = ["main.py"]
     random.seed(0)

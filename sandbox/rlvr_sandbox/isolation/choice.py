@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import sys
@@ -9,9 +10,10 @@ import tempfile
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from rlvr_sandbox.isolation import bubblewrap, cgroups, rootfs, workdir
+from rlvr_sandbox.isolation import bubblewrap, cgroups, delegation, rootfs, workdir
 from rlvr_sandbox.isolation.executor import SlotExecutor
 from rlvr_sandbox.isolation.hierarchies import Places
+from rlvr_sandbox.isolation.janitor import Janitor
 from rlvr_sandbox.isolation.selftest import prove
 from rlvr_sandbox.isolation.slot import Slot
 from rlvr_sandbox.verdicts import SandboxError
@@ -21,11 +23,14 @@ MENDS = {
         "let this process make user, mount and pid namespaces (sysctl user.max_user_namespaces, a seccomp profile "
         "that permits unshare and mount, an unmasked /proc)"
     ),
-    "landlock": "use a kernel from 6.2 on with landlock among its security modules",
+    "landlock": "landlock needs Linux 6.2 or later with landlock among its security modules",
     "bwrap": "install bubblewrap where user namespaces are permitted",
 }
 _IN_MEMORY = "/dev/shm"
 _ROOM_BYTES = 1 << 30
+# Those whose cgroup is to go take a moment to die.
+_SWEEPS = 50
+_SWEEP_S = 0.01
 WARM = [
     "abc",
     "argparse",
@@ -101,34 +106,33 @@ async def choose(backend: str, *, slots: int, unsafe: bool, numpy: bool) -> Slot
 
 async def _open(backend: str, slots: int, numpy: bool) -> SlotExecutor:
     """An executor that uses cgroups where that works, and else does without."""
-    places = cgroups.find()
-    if places is not None:
+    places = delegation.find()
+    if isinstance(places, Places):
         # Kernels before 5.16 ask for the rights of the one who joins, which has none.
-        with contextlib.suppress(SandboxError):
+        try:
             return await _open_with(places, backend, slots, numpy)
-    return await _open_with(None, backend, slots, numpy)
+        except SandboxError as error:
+            places = f"{places}: {error}"
+    return await _open_with(places, backend, slots, numpy)
 
 
-async def _open_with(places: Places | None, backend: str, slots: int, numpy: bool) -> SlotExecutor:
-    # The directory is no secret and slots under other users must reach their own below it.
+async def _open_with(found: Places | str, backend: str, slots: int, numpy: bool) -> SlotExecutor:
+    places = found if isinstance(found, Places) else None
     place = _fast_directory()
+    for _ in range(_SWEEPS):
+        if places is None or cgroups.sweep(places):
+            break
+        await asyncio.sleep(_SWEEP_S)
     _sweep(place)
-    root = tempfile.TemporaryDirectory(prefix=f"{cgroups.PREFIX}{os.getpid()}-", dir=place, ignore_cleanup_errors=True)
-    os.chmod(root.name, 0o711)
-    name = os.path.basename(root.name)
-
-    def cleanup() -> None:
-        root.cleanup()
-        if places is not None:
-            cgroups.sweep(places, own=name)
-
-    if places is not None:
-        cgroups.sweep(places)
-    executor = SlotExecutor(backend, slots, _spawner(backend, numpy, root.name, places), cleanup)
+    # The directory is no secret and slots under other users must reach their own below it.
+    root = tempfile.mkdtemp(prefix=f"{cgroups.PREFIX}{os.getpid()}-", dir=place)
+    os.chmod(root, 0o711)
+    janitor = Janitor(root, places)
+    executor = SlotExecutor(backend, slots, _spawner(backend, numpy, root, places), janitor)
     try:
         await executor.start()
-        held = "no isolation" if backend == "none" else await prove(executor)
-        executor.report = f"{held}, {places or 'no cgroup'}"
+        held = "no isolation" if backend == "none" else await prove(executor, root)
+        executor.report = f"{held}, {places or f'no cgroup ({found})'}"
     except BaseException:
         await executor.close()
         raise
@@ -146,13 +150,10 @@ def _fast_directory() -> str:
 
 
 def _sweep(place: str) -> None:
-    """Remove what services of our own that were killed have left in ``place``; each name tells its service's pid."""
-    for name in os.listdir(place):
-        owner = name.removeprefix(cgroups.PREFIX).split("-")[0]
+    """Remove what services of our own have left in ``place`` that were killed together with their janitors."""
+    for name in filter(cgroups.ownerless, os.listdir(place)):
         path = os.path.join(place, name)
-        if not name.startswith(cgroups.PREFIX) or not owner.isdigit() or os.path.exists(f"/proc/{owner}"):
-            continue
-        with contextlib.suppress(OSError):  # Another service sweeps it too.
+        with contextlib.suppress(OSError):  # Another service or a janitor sweeps it too.
             if os.lstat(path).st_uid == os.geteuid():
                 for slot in os.listdir(path):
                     workdir.remove(os.path.join(path, slot))

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from rlvr_sandbox.execution import Limits, Outcome, Program
 from rlvr_sandbox.isolation.compiling import Compiler
 from rlvr_sandbox.isolation.flight import Flight
+from rlvr_sandbox.isolation.janitor import Janitor
 from rlvr_sandbox.isolation.messages import Order
 from rlvr_sandbox.isolation.session import SlotSession, infra_error
 from rlvr_sandbox.isolation.slot import Slot, SlotBrokenError
@@ -28,9 +29,7 @@ logger = logging.getLogger(__name__)
 class SlotExecutor:
     """An isolation backend with its warm slots; see ``rlvr_sandbox.execution.Executor``."""
 
-    def __init__(
-        self, name: str, slots: int, spawn: Callable[[int], Awaitable[Slot]], cleanup: Callable[[], None]
-    ) -> None:
+    def __init__(self, name: str, slots: int, spawn: Callable[[int], Awaitable[Slot]], janitor: Janitor) -> None:
         """Configure the executor; ``start`` brings it up.
 
         Args:
@@ -38,7 +37,7 @@ class SlotExecutor:
             slots: How many programs run at once. Sessions may take as many again, so that a judgement that holds one
                 session always gets a second while no more than ``slots`` judgements are under way.
             spawn: Starts the slot of a number.
-            cleanup: Called once nothing runs any more.
+            janitor: Tidies up once nothing runs any more.
         """
         self.name = name
         self.slots = slots
@@ -46,7 +45,7 @@ class SlotExecutor:
         self.report = ""
         self.restarts = 0
         self._spawn = spawn
-        self._cleanup = cleanup
+        self._janitor = janitor
         self._free: asyncio.Queue[Slot] = asyncio.Queue()
         self._keepers: list[asyncio.Task[None]] = []
         self._living: set[Slot] = set()
@@ -122,7 +121,7 @@ class SlotExecutor:
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(slot.kill() for slot in self._living))
         self._living.clear()
-        self._cleanup()
+        await asyncio.to_thread(self._janitor.close)
 
     def _language(self, program: Program) -> Language:
         if program.language not in self.languages:
@@ -222,6 +221,7 @@ class SlotExecutor:
             await asyncio.sleep(_WATCH_S)
             for slot in list(self._living):
                 slot.check()
+            self._janitor.check()
 
 
 def _order(

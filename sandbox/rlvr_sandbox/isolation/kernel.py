@@ -54,6 +54,10 @@ _SHARED_NUMBERS = {
     "landlock_restrict_self": 446,
 }
 
+# Made here, for in a run every new type of ctypes would cost as much as the call itself.
+_CAPABILITIES = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+_NONE = (ctypes.c_uint32 * 6)()
+
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -146,9 +150,7 @@ def drop_bounding_set() -> None:
 
 def drop_capabilities() -> None:
     """Give up every capability that this process has."""
-    head = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    sets = (ctypes.c_uint32 * 6)()
-    syscall("capset", ctypes.byref(head), ctypes.byref(sets))
+    syscall("capset", ctypes.byref(_CAPABILITIES), ctypes.byref(_NONE))
 
 
 def die_with_parent() -> None:

@@ -41,6 +41,9 @@ def version() -> int:
         return 0
 
 
+_Attributes = ctypes.c_uint64 * 3
+
+
 class _PathBeneath(ctypes.Structure):
     _pack_ = 1
     _fields_ = (("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32))
@@ -58,7 +61,7 @@ class Ruleset:
         self._handled = (1 << _KNOWN_BITS.get(abi, _LATEST_BITS)) - 1
         words = [self._handled, _NET_ALL if abi >= 4 else 0, _SCOPE_ALL if abi >= 6 else 0]
         size = 8 if abi < 4 else 16 if abi < 6 else 24
-        attributes = (ctypes.c_uint64 * 3)(*words)
+        attributes = _Attributes(*words)
         self._descriptor = kernel.syscall("landlock_create_ruleset", ctypes.byref(attributes), size, 0)
 
     def allow(self, path: str, access: int) -> None:

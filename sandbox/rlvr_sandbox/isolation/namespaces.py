@@ -111,12 +111,14 @@ class NamespaceWalls:
         self._abi = landlock.version()
         self._filters = Filters(shared=False)
         self._mapped = os.getuid() == 0
+        self._bounds = limits.Bounds()
+        os.environ.update(HOME=rootfs.WORK, TMPDIR=rootfs.WORK)
 
     def before_fork(self) -> None:
         """The next child begins a pid namespace."""
         kernel.unshare(kernel.CLONE_NEWPID)
 
-    def after_fork(self) -> None:
+    def after_fork(self, pid: int) -> None:
         """Later children would be born into it too; come back."""
         kernel.setns(self._own, kernel.CLONE_NEWPID)
 
@@ -127,12 +129,11 @@ class NamespaceWalls:
         options = f"size={order.disk_bytes},nr_inodes={_INODES},mode=777"
         kernel.mount("tmpfs", rootfs.WORK, "tmpfs", flags, options)
         kernel.mount("proc", "/proc", "proc", flags | kernel.MS_NOEXEC)
-        os.environ.update(HOME=rootfs.WORK, TMPDIR=rootfs.WORK)
         return rootfs.WORK
 
     def confine(self, order: Order) -> None:
         """Limits, identity, capabilities, files, system calls; in this order, for each needs what the next takes."""
-        limits.apply(order, beside=0 if self._mapped else 1)
+        self._bounds.apply(order, beside=0 if self._mapped else 1)
         limits.prefer_for_killing()
         if self._mapped:
             os.setresgid(CANDIDATE, CANDIDATE, CANDIDATE)
@@ -144,9 +145,8 @@ class NamespaceWalls:
         if self._abi:
             rules = landlock.Ruleset(self._abi)
             rules.allow("/", landlock.READ)
+            rules.allow("/dev", landlock.DEVICE)
             rules.allow(rootfs.WORK, landlock.WORK)
-            for device in rootfs.DEVICES:
-                rules.allow(f"/dev/{device}", landlock.DEVICE)
             rules.restrict()
         self._filters.install(order)
 

@@ -16,15 +16,21 @@ from rlvr_sandbox.isolation.seccomp import Filters
 _COUNT_AGE_S = 2.0
 
 
+LEADER = "leader"
+"""The file in a slot's directory that tells the janitor whom to kill with the slot: a process group, or 0."""
+
+
 class OpenWalls:
     """A directory of its own and limits; a program that means harm does it."""
 
-    leaky = True
-
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, leaky: bool = True) -> None:
+        self.leaky = leaky
         self._root = root
         self._place = ""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._note = os.open(os.path.join(root, LEADER), flags, 0o600) if leaky else -1
         self._beside, self._counted = 0, -math.inf
+        self._bounds = limits.Bounds()
         # What a run leaves behind becomes ours to kill.
         kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
 
@@ -34,8 +40,9 @@ class OpenWalls:
         if time.monotonic() - self._counted > _COUNT_AGE_S:
             self._beside, self._counted = self._count(), time.monotonic()
 
-    def after_fork(self) -> None:
-        """Nothing to do."""
+    def after_fork(self, pid: int) -> None:
+        """Note whom to kill should the zygote be killed."""
+        self._tell(pid)
 
     def workspace(self, order: Order) -> str:
         """The directory made before the fork."""
@@ -44,7 +51,7 @@ class OpenWalls:
 
     def confine(self, order: Order) -> None:
         """Set the limits."""
-        limits.apply(order, beside=self._beside)
+        self._bounds.apply(order, beside=self._beside)
         limits.prefer_for_killing()
         kernel.die_with_parent()
 
@@ -64,9 +71,14 @@ class OpenWalls:
         """Kill what outlived the leader and remove the directory."""
         proctree.kill_group(leader)
         proctree.kill_children()
+        self._tell(0)
         if self._place:
             workdir.remove(self._place)
         self._place = ""
+
+    def _tell(self, leader: int) -> None:
+        if self.leaky:
+            os.pwrite(self._note, b"%010d" % leader, 0)
 
 
 class LandlockWalls(OpenWalls):
@@ -78,7 +90,8 @@ class LandlockWalls(OpenWalls):
         Raises:
             OSError: If it has no landlock.
         """
-        super().__init__(config["workspace"])
+        # Inside bubblewrap the pid namespace dies as a whole, and its pids are those of others outside.
+        super().__init__(config["workspace"], leaky=config["backend"] == "landlock")
         self._abi = landlock.version()
         if not self._abi:
             raise OSError("this kernel has no landlock (Linux 5.13 and later, where it is among the security modules)")

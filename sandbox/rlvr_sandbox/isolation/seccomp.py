@@ -161,21 +161,24 @@ class Filters:
     def __init__(self, shared: bool) -> None:
         self._shared = shared
         machine = kernel.machine()
-        self._programs = {
+        self._codes = {
             (executes, forks): _compiled(assemble(Profile(executes, forks, shared), _SOME_PID, machine))
             for executes, forks in ((False, False), (True, False), (True, True))
+        }
+        self._programs = {
+            key: _Program(len(code), ctypes.cast(code, ctypes.POINTER(_Instruction)))
+            for key, code in self._codes.items()
         }
 
     def install(self, order: Order) -> None:
         """Put this process under the filter that ``order`` asks for; ``no_new_privs`` must be set."""
         forks = order.processes > 1
-        code = self._programs[forks or bool(order.argv), forks]
+        key = (forks or bool(order.argv), forks)
         if self._shared:
-            for instruction in code:
+            for instruction in self._codes[key]:
                 if instruction.k == _SOME_PID:
                     instruction.k = os.getpid()
-        program = _Program(len(code), ctypes.cast(code, ctypes.POINTER(_Instruction)))
-        arguments = (ctypes.c_ulong(_MODE_FILTER), ctypes.byref(program), ctypes.c_ulong(0), ctypes.c_ulong(0))
+        arguments = (ctypes.c_ulong(_MODE_FILTER), ctypes.byref(self._programs[key]), *[ctypes.c_ulong(0)] * 2)
         kernel.check(kernel.libc.prctl(kernel.PR_SET_SECCOMP, *arguments), "prctl(PR_SET_SECCOMP)")
 
 

@@ -10,13 +10,13 @@ from rlvr_sandbox.isolation.canaries import AFTERWARDS, CANARIES, Canary
 from rlvr_sandbox.verdicts import SandboxError
 
 
-async def prove(executor: Executor) -> str:
-    """Run every canary attack through ``executor``; returns a line on what held.
+async def prove(executor: Executor, place: str) -> str:
+    """Run every canary attack through ``executor``, with bait laid out in ``place``; returns a line on what held.
 
     Raises:
         SandboxError: If one attack works, with its name and what was seen.
     """
-    with Bait() as bait:
+    with Bait(place) as bait:
         outcomes = await asyncio.gather(*(_attack(executor, bait, canary) for canary in CANARIES))
         outcomes.append(await _attack(executor, bait, AFTERWARDS))
         faults = [fault for fault in (*outcomes, bait.taken()) if fault]

@@ -25,9 +25,12 @@ START_TIMEOUT_S = 60.0
 RUNS_PER_ZYGOTE = 5000
 ZYGOTE_AGE_S = 3600.0
 _REAP_S = 0.5
+_RELEASES = 50
+_RELEASE_S = 0.01
 
 _BOOT = (
     "import json, sys; config = json.loads(sys.argv[2]); sys.path[:] = config['imports'];"
+    "from rlvr_sandbox.isolation import forks; forks.note();"
     "from {module} import main; main(int(sys.argv[1]), config)"
 )
 # Rewards must not depend on the service's environment, nor programs see it.
@@ -217,8 +220,14 @@ class Slot:
             if descriptor >= 0:
                 os.close(descriptor)
         self._handle = self._words = -1
-        if self._group is not None:
-            await self._group.remove()
+        await self._release_group()
+
+    async def _release_group(self) -> None:
+        """Remove the cgroup, waiting a moment for the dead in it to go; what remains is swept later."""
+        for _ in range(_RELEASES):
+            if self._group is None or self._group.release():
+                return
+            await asyncio.sleep(_RELEASE_S)
 
     def _kill_now(self) -> None:
         if self._handle < 0:

@@ -12,7 +12,7 @@ import socket
 import time
 from typing import Any
 
-from rlvr_sandbox.isolation import child, echo, kernel, namespaces
+from rlvr_sandbox.isolation import child, echo, forks, kernel, namespaces
 from rlvr_sandbox.isolation.cgroups import Kills
 from rlvr_sandbox.isolation.messages import CLOCK, KILL, WARM, Clock, Leader, Order, Report, receive_order
 from rlvr_sandbox.isolation.namespaces import NamespaceWalls
@@ -168,7 +168,7 @@ def _serve(control: socket.socket, walls: child.Walls, guests: dict[str, child.G
         pid = os.fork()
         if pid == 0:
             child.live(order, descriptors, told, walls, guests, path)
-        walls.after_fork()
+        walls.after_fork(pid)
         # What tells of kills is needed until the end.
         for descriptor in (told, *descriptors[: max(order.plumbing, len(descriptors) - 1)]):
             os.close(descriptor)
@@ -196,6 +196,8 @@ def main(descriptor: int, config: dict[str, Any]) -> None:
     walls = _walls(config)
     for name in config["warm"]:
         importlib.import_module(name)
+    forks.forget()
+    child.prepare()
     if len(os.listdir("/proc/self/task")) != 1:
         raise RuntimeError("a warm module has started a thread, which no fork survives")
     gc.collect()
