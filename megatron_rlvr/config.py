@@ -33,7 +33,8 @@ SURROGATES = ("ppo", "cispo", "gspo", "gppo", "none")
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 MISMATCHES = ("none", "tis", "icepop", "mis_token", "mis_sequence", "mis_geometric")
-ENGINES = ("embedded",)
+ENGINES = ("embedded", "sglang")
+TRANSPORTS = ("tensor", "disk", "distributed")
 PRECISIONS = ("fp32", "bf16", "fp8")
 # Keys of `PolicyConfig` that say which rank computes what and in which order; the numbers depend on them by rounding.
 LAYOUT = (
@@ -89,6 +90,14 @@ class RolloutConfig:
     max_new_tokens: int = _key(4096, "longest response in tokens")
     temperature: float = _key(1.0, "of the sampling, the log-probs and the entropy alike")
     prompts_per_call: int = _key(16, "prompts that one generate call of the embedded engine takes")
+    servers: int = _key(1, "SGLang servers to launch on this machine, unless urls names running ones")
+    urls: str = _key("", "addresses of running SGLang servers, separated by commas; empty launches servers")
+    min_servers: int = _key(1, "the run stops in words with fewer serving")
+    router: bool = _key(False, "put an sglang-router in front of the servers")
+    transport: str = _key("tensor", f"how weights reach the servers: one of {', '.join(TRANSPORTS)}")
+    bucket_mib: int = _key(256, "weights that travel at a time")
+    trainer_address: str = _key("127.0.0.1", "address of rank 0 that servers can reach, for transport=distributed")
+    sglang: dict[str, Any] = _key({}, "passed to the launched servers as SGLang's own flags")
 
 
 @dataclass(frozen=True)
@@ -310,7 +319,8 @@ def _check_ranges(config: Config) -> None:
             raise ConfigError(f"{key} is empty; set it in the YAML file or as {key}=…")
     positive = (
         *("run.steps", "run.checkpoint_every", "run.checkpoints_kept", "rollout.prompts", "rollout.max_new_tokens"),
-        *("rollout.temperature", "rollout.prompts_per_call", "policy.tensor_parallel", "policy.data_parallel"),
+        *("rollout.temperature", "rollout.prompts_per_call", "rollout.servers", "rollout.min_servers"),
+        *("rollout.bucket_mib", "policy.tensor_parallel", "policy.data_parallel"),
         *("policy.pipeline_parallel", "policy.virtual_pipeline", "policy.context_parallel"),
         *("policy.micro_batch", "policy.learning_rate", "objective.minibatches", "objective.epochs"),
         "entropy.alarm_after",
@@ -335,6 +345,7 @@ def _check_ranges(config: Config) -> None:
             raise ConfigError(f"{key} is {_get(config, key)}; it has to lie between {low} and {high}")
     choices = {
         "rollout.engine": ENGINES,
+        "rollout.transport": TRANSPORTS,
         "policy.precision": PRECISIONS,
         "policy.lr_schedule": LR_SCHEDULES,
         "objective.advantages": ("", *ESTIMATORS),

@@ -22,7 +22,8 @@ KEYS = """
 run.dir run.steps run.seed run.checkpoint_every run.async_checkpoint run.checkpoints_kept
 data.train data.heldout
 rollout.engine rollout.prompts rollout.samples_per_prompt rollout.max_new_tokens rollout.temperature
-rollout.prompts_per_call
+rollout.prompts_per_call rollout.servers rollout.urls rollout.min_servers rollout.router rollout.transport
+rollout.bucket_mib rollout.trainer_address rollout.sglang
 policy.model policy.tensor_parallel policy.sequence_parallel policy.pipeline_parallel policy.virtual_pipeline
 policy.context_parallel policy.data_parallel policy.precision policy.micro_batch policy.micro_batch_tokens
 policy.learning_rate policy.lr_schedule policy.megatron
@@ -92,7 +93,7 @@ def test_the_defaults_are_the_papers_settings():
         ("entropy.recipe=part", "(nearest: par)"),
         ("objective.surrogate=pppo", "(nearest: ppo)"),
         ("policy.precision=fp64", "it is one of fp32, bf16"),
-        ("rollout.engine=vllm", "it is one of embedded"),
+        ("rollout.engine=vllm", "it is one of embedded, sglang"),
         ("objective.minibatches=3", "rollout.prompts=256 does not split into objective.minibatches=3"),
         ("rollout.samples_per_prompt=1", "needs at least 2"),
         ("policy.data_parallel=3", "does not split over policy.data_parallel=3"),

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
 from megatron_rlvr.config import Config, ConfigError
 from megatron_rlvr.core import Prompt, RLVRError, RolloutBatch, Sample, SamplingParams, StepMetrics, Verdict
@@ -21,9 +22,10 @@ from megatron_rlvr.policy import parallel
 from megatron_rlvr.policy.hf_export import export_hf
 from megatron_rlvr.policy.policy import Policy
 from megatron_rlvr.report import RunRecorder
-from megatron_rlvr.rollout import EmbeddedEngine, derive_seed, generate_share, load_tokenizer, pad_id
+from megatron_rlvr.rollout import Engine, derive_seed, load_tokenizer, pad_id
 from megatron_rlvr.training import checkpoint
 from megatron_rlvr.training.composition import compose_run
+from megatron_rlvr.training.engines import EmbeddedRollouts, FleetRollouts, Rollouts, open_fleet
 from megatron_rlvr.training.phases import PreparedBatch, evaluate, minibatches, prepare, record_samples, weigh
 from megatron_rlvr.training.run_directory import RunDirectory
 from megatron_rlvr.verify import VerifierClient, local_service
@@ -84,7 +86,7 @@ class Trainer:
             total_steps=run.steps,
             keep_reference=config.objective.kl > 0.0,
         )
-        self.engine = EmbeddedEngine(policy.model, tokenizer, parallel.device())
+        self.engine = self._open_engine(tokenizer)
         self.step, relaid = checkpoint.resume(self)
         self._checkpointer = checkpoint.Checkpointer(self)
         self.on_rank_0(lambda: self._open_services(relaid))
@@ -110,7 +112,7 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step, evaluate, export the model."""
-        self.engine.resync(self.policy.named_tensors(), version=self.step)
+        self._resync(version=self.step)
         if self.step == 0:
             self._evaluate()
         while self.step < self.config.run.steps:
@@ -123,6 +125,30 @@ class Trainer:
             if last or self.step % self.config.run.checkpoint_every == 0:
                 self._checkpointer.save(wait=last or not self.config.run.async_checkpoint)
         export_hf(self.policy, self.directory.model)
+
+    def _open_engine(self, tokenizer: PreTrainedTokenizerBase) -> Rollouts:
+        if self.config.rollout.engine == "embedded":
+            return EmbeddedRollouts(self.config, tokenizer, rank=self.rank, ranks=self.ranks)
+        fleets: list[Engine] = []
+        self.on_rank_0(
+            lambda: fleets.append(
+                self._resources.enter_context(open_fleet(self.config, tokenizer))
+            )  # no result to send
+        )
+        return FleetRollouts(fleets[0] if fleets else None)
+
+    def _resync(self, version: int) -> None:
+        """Bring the engines to the policy's weights; what fails on rank 0 ends the run on every rank."""
+        self._raise_on_all(self.engine.resync(self.policy.named_tensors(), version))
+
+    def _raise_on_all(self, failure: RLVRError | None) -> None:
+        """Raise rank 0's ``failure`` on every rank."""
+
+        def report() -> None:
+            if failure is not None:
+                raise failure
+
+        self.on_rank_0(report)
 
     def _train_step(self) -> None:
         metrics, local, seconds = StepMetrics(), StepMetrics(), dict[str, float]()
@@ -143,7 +169,7 @@ class Trainer:
             self._update(prepared, actuation, metrics)
         self.policy.step_schedule()
         with _timed(seconds, "resync"):
-            self.engine.resync(self.policy.named_tensors(), version=self.step + 1)
+            self._resync(version=self.step + 1)
         means = self.policy.reduce_metrics(metrics).means()
         self.policy_entropy = means["policy_entropy"]
         shares = self.attribution.record(means)
@@ -199,10 +225,10 @@ class Trainer:
         self._recorder.note(self.step, "entropy control", self.control.alarm)
         # the rounding of log-probs themselves, of which fp32 has little and bf16 much
         eps = torch.finfo(torch.float32 if self.config.policy.precision == "fp32" else torch.bfloat16).eps
-        finding = None
+        finding: str | None = None
         if means["rollout_trainer_gap_max"] > (tolerance := max(1e-3, 32 * eps)):
             mask_BL, stats = prepared.stats.mask_BL, prepared.stats
-            finding = diagnose(
+            diagnosis = diagnose(
                 stats.logprob_BL[mask_BL],
                 batch.rollout_logprobs_BL[mask_BL],
                 stats.entropy_BL[mask_BL],
@@ -211,28 +237,25 @@ class Trainer:
                 eps=eps,
                 tolerance=tolerance,
             )
-        self._recorder.note(
-            self.step, "engine and trainer disagree", finding and f"{finding.cause}: {finding.sentence}"
-        )
+            finding = f"{diagnosis.cause}: {diagnosis.sentence}"
+        self._recorder.note(self.step, "engine and trainer disagree", finding)
 
     def _rollout(
         self, prompts: Sequence[Prompt], samples_per_prompt: int, seed: int, temperature: float
     ) -> list[Sample]:
         """All samples on rank 0, in prompt order; an empty list elsewhere."""
-        rollout = self.config.rollout
-        calls = generate_share(
-            self.engine,
-            [prompt.text for prompt in prompts],
-            SamplingParams(temperature, rollout.max_new_tokens, samples_per_prompt, seed),
-            prompts_per_call=rollout.prompts_per_call,
-            rank=self.rank,
-            ranks=self.ranks,
-        )
-        share = [sample for call in calls for sample in call]
-        gathered: list[Any] | None = [None] * self.ranks if self.rank == 0 else None
-        dist.gather_object(share, gathered, group=self.object_group)
+        budget = self.config.rollout.max_new_tokens
+        sampling = SamplingParams(temperature, budget, samples_per_prompt, seed)
+        share: list[Sample] | RLVRError
+        try:
+            share = self.engine.generate([prompt.text for prompt in prompts], sampling)
+        except RLVRError as error:  # as an answer, so that no rank waits for one that never comes
+            share = error
+        gathered: list[Any] = [None] * self.ranks
+        dist.gather_object(share, gathered if self.rank == 0 else None, group=self.object_group)
+        self._raise_on_all(next((part for part in gathered if isinstance(part, RLVRError)), None))
         # sorted() is stable: samples of one prompt, which one rank drew, keep their order
-        return sorted((sample for part in gathered or [] for sample in part), key=lambda sample: sample.group)
+        return sorted((sample for part in gathered for sample in part or []), key=lambda sample: sample.group)
 
     def _judge(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> list[Verdict]:
         return self._verifier.verify([(prompts[sample.group], sample.text) for sample in samples])

@@ -78,6 +78,12 @@ class Installation:
         return arguments
 
 
+_TORCHRUN = (
+    *("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_"),
+    "GROUP_WORLD_SIZE",
+)
+
+
 def find_python(given: str | Path | None = None) -> Path:
     """The interpreter that runs SGLang.
 
@@ -130,8 +136,13 @@ def read_installation(python: Path) -> Installation:
 
 
 def server_environment(python: Path, changes: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a process of ``python``: this one's with ``changes``, without what is this interpreter's."""
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", **changes}  # a directory named triton here is no package there
+    """The environment for a process of ``python``: this one's with ``changes``, without what is this process's own.
+
+    A trainer's rank knows from torchrun's variables where its group meets. A server that inherited them would look for
+    its own ranks there, and wait.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(_TORCHRUN)}
+    environment = {**inherited, "PYTHONSAFEPATH": "1", **changes}  # a directory named triton here is no package there
     if python != Path(sys.executable):
         for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
             environment.pop(name, None)

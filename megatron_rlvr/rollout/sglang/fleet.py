@@ -212,6 +212,8 @@ class SGLangFleet:
                     replies = (self._router or last.client).generate(payload)
                     samples = read_samples(replies, group, prompt_ids, len(copies), self._tokenizer)
                     self._check_versions(samples, oldest)
+                    if last.state is EngineState.OUT and self._router is None:
+                        raise UnusableReplyError("its server was taken out meanwhile")
                     return samples
                 except (SGLangError, UnusableReplyError) as error:
                     if isinstance(error, SGLangError) and error.status in (400, 422):

@@ -34,7 +34,11 @@ CPU_FLAGS: Mapping[str, Flag] = {
     "max_total_tokens": 65536,  # else the cache takes most of the memory
     "sleep_on_idle": True,  # else an idle scheduler burns a core
 }
-CPU_ENVIRONMENT: Mapping[str, str] = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+CPU_ENVIRONMENT: Mapping[str, str] = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # a compilation meets the stub of triton and ends a server of two ranks
+}
 
 
 class Launched:
