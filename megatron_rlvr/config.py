@@ -94,7 +94,7 @@ class RolloutConfig:
     urls: str = _key("", "addresses of running SGLang servers, separated by commas; empty launches servers")
     min_servers: int = _key(1, "the run stops in words with fewer serving")
     router: bool = _key(False, "put an sglang-router in front of the servers")
-    transport: str = _key("tensor", f"how weights reach the servers: one of {', '.join(TRANSPORTS)}")
+    transport: str = _key("distributed", f"how weights reach the servers: one of {', '.join(TRANSPORTS)}")
     bucket_mib: int = _key(256, "weights that travel at a time")
     trainer_address: str = _key("127.0.0.1", "address of rank 0 that servers can reach, for transport=distributed")
     sglang: dict[str, Any] = _key({}, "passed to the launched servers as SGLang's own flags")

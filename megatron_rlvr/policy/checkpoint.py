@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import queue
 import threading
 from pathlib import Path
@@ -20,6 +21,9 @@ from megatron_rlvr.policy.policy import Policy
 _DISTRIBUTED = "megatron.use_distributed_optimizer"
 # How a distributed optimizer's share is written: under the parameters' names, so that another layout can read it.
 _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Newer versions of Megatron-Core would leave the writing to another package.
+_ASKED = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+_OWN_WRITER = {"async_strategy": "mcore"} if _ASKED else {}
 
 
 class Saving:
@@ -40,7 +44,7 @@ class Saving:
         # to start and stays behind for good when this rank is killed.
         filesystem_async._results_queue = queue.Queue()
         state = _sharded_state(policy, is_loading=False)
-        request = dist_checkpointing.save(state, str(directory / "policy"), async_sharded_save=True)
+        request = dist_checkpointing.save(state, str(directory / "policy"), async_sharded_save=True, **_OWN_WRITER)
         self._finalize = request.finalize_fns
         write = request.async_fn or _nothing  # a rank may have nothing that no other one has
         arguments = list(request.async_fn_args)
@@ -110,8 +114,8 @@ def load_policy(policy: Policy, directory: Path) -> str | None:
     policy.schedule.load_state_dict(state["schedule"])
     if changed:
         return (
-            f"{', '.join(changed)}: weights, optimizer and schedule continue, each rank's random state begins anew, and "
-            "from here on the run equals an uninterrupted one up to rounding instead of bit for bit"
+            f"{', '.join(changed)}: weights, optimizer and schedule continue, each rank's random state begins anew, "
+            "and from here on the run equals an uninterrupted one up to rounding instead of bit for bit"
         )
     rng = torch.load(directory / _rng_file(), weights_only=True)
     torch.set_rng_state(rng["torch"])

@@ -1,8 +1,9 @@
 """What ``policy.precision`` makes of Megatron-Core's settings: fp32, bf16, or bf16 whose layers multiply in FP8.
 
-With ``fp8``, TransformerEngine casts the operands of the linear layers inside the transformer blocks (E4M3 forward, E5M2
-for gradients; https://arxiv.org/abs/2209.05433) under one of its scaling recipes. Embedding, norms, attention scores,
-optimizer and the vocabulary head stay what they are with ``bf16``: the head's products are bf16, its statistics fp32.
+With ``fp8``, TransformerEngine casts the operands of the linear layers inside the transformer blocks (E4M3 forward,
+E5M2 for gradients; https://arxiv.org/abs/2209.05433) under one of its scaling recipes. Embedding, norms, attention
+scores, optimizer and the vocabulary head stay what they are with ``bf16``: the head's products are bf16, its statistics
+fp32. No line of it has run on a GPU.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def run_rank(config: Config) -> int:
 
 
 def _end_with_the_parent() -> None:
-    """Have the kernel end this rank with its launcher, and forked children, Megatron's checkpoint writers, with it.
+    """Have the kernel end this rank with torch's launcher, and forked children, Megatron's checkpoint writers, with it.
 
     Left alone, ranks would go on writing into a run directory that the next launcher resumes from, and a writer would
     wait for its dead parent for good and keep the verifier's and the launcher's pipes open.
@@ -61,5 +61,6 @@ def _end_with_the_parent() -> None:
     if sys.platform == "linux":
         prctl = ctypes.CDLL(None).prctl
         end_with_parent = partial(prctl, 1, signal.SIGKILL)  # PR_SET_PDEATHSIG of prctl(2)
-        end_with_parent()
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # a shell that started this rank may well end before it
+            end_with_parent()
         os.register_at_fork(after_in_child=end_with_parent)

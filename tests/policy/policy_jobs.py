@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,8 +29,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E
 from megatron_rlvr.config import PolicyConfig  # noqa: E402
 from megatron_rlvr.core import RLVRError, RolloutBatch, SamplingParams, StepMetrics  # noqa: E402
 from megatron_rlvr.objective import LossInputs, LossOutputs, Objective  # noqa: E402
-from megatron_rlvr.policy import parallel  # noqa: E402
-from megatron_rlvr.policy.checkpoint import load_policy, save_policy  # noqa: E402
+from megatron_rlvr.policy import checkpoint, parallel  # noqa: E402
 from megatron_rlvr.policy.hf_export import export_hf  # noqa: E402
 from megatron_rlvr.policy.hf_weights import WeightMap, named_full_tensors  # noqa: E402
 from megatron_rlvr.policy.policy import Policy, TrainingRows  # noqa: E402
@@ -154,8 +155,21 @@ def weights_of(policy: Policy) -> Tensors:
     return {name: tensor.clone() for name, tensor in policy.named_tensors()}
 
 
-def save_checkpoint(policy: dict[str, Any], batch_file: str, directory: str) -> dict[str, Any]:
-    """Two updates, a checkpoint, and one more update."""
+class LateThread:
+    """A thread that does nothing before others wait for it."""
+
+    def __init__(self, target: Callable[..., None], args: list[Any], name: str) -> None:
+        self._work = partial(target, *args)
+
+    def start(self) -> None:
+        pass
+
+    def join(self) -> None:
+        self._work()
+
+
+def save_checkpoint(policy: dict[str, Any], batch_file: str, directory: str, late: bool = False) -> dict[str, Any]:
+    """Two updates, a checkpoint, and one more update; ``late`` writes the checkpoint after all of them."""
     initialize(policy)
     trained = Policy(PolicyConfig(**policy), temperature=TEMPERATURE, total_steps=10)
     loaded = weights_of(trained)
@@ -166,8 +180,15 @@ def save_checkpoint(policy: dict[str, Any], batch_file: str, directory: str) -> 
         torch.rand(3)
         with get_cuda_rng_tracker().fork():
             torch.rand(5)
-    save_policy(trained, Path(directory))
-    return {"loaded": loaded, "saved": state_of(trained), "next": next_update(trained, next(updates))}
+    if late:
+        checkpoint.threading = SimpleNamespace(Thread=LateThread)  # type: ignore[assignment]
+        saving = checkpoint.Saving(trained, Path(directory))
+    else:
+        checkpoint.save_policy(trained, Path(directory))
+    result = {"loaded": loaded, "saved": state_of(trained), "next": next_update(trained, next(updates))}
+    if late:
+        saving.finish()
+    return result
 
 
 def load_checkpoint(policy: dict[str, Any], batch_file: str, directory: str) -> dict[str, Any]:
@@ -176,7 +197,7 @@ def load_checkpoint(policy: dict[str, Any], batch_file: str, directory: str) -> 
     torch.manual_seed(4321)
     trained = Policy(PolicyConfig(**policy), temperature=TEMPERATURE, total_steps=10)
     try:
-        changed = load_policy(trained, Path(directory))
+        changed = checkpoint.load_policy(trained, Path(directory))
     except RLVRError as error:
         return {"error": str(error)}
     return {

@@ -54,12 +54,17 @@ class Checkpoints:
         self.saved(name)
         return self._run("load_checkpoint", name, layout)
 
-    def _run(self, job: str, name: str, layout: str) -> list[Any]:
+    def save_late(self, name: str, layout: str) -> list[Any]:
+        (self._folder / name).mkdir()
+        self._saved[name] = self._run("save_checkpoint", name, layout, late=True)
+        return self._saved[name]
+
+    def _run(self, job: str, name: str, layout: str, **more: Any) -> list[Any]:
         settings = LAYOUTS[layout]
         policy = {"model": str(self._model), "learning_rate": 1e-3, "micro_batch": 4, **settings}
         ranks = math.prod(settings.get(name, 1) for name in _RANKS)
         batch_file, directory = str(self._folder / "batch.pt"), str(self._folder / name)
-        return run_ranks(job, ranks, policy=policy, batch_file=batch_file, directory=directory)
+        return run_ranks(job, ranks, policy=policy, batch_file=batch_file, directory=directory, **more)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +98,14 @@ def test_new_processes_continue_bit_for_bit(checkpoints: Checkpoints, layout: st
         assert unequal(before["saved"], after["saved"]) == []
         assert unequal(before["next"], after["next"]) == []
         assert after["changed"] is None
+
+
+@pytest.mark.parametrize("layout", ["tp2", "dp2_distopt"])
+def test_a_checkpoint_written_later_holds_the_state_it_was_asked_for(checkpoints: Checkpoints, layout: str) -> None:
+    name = f"{layout}_late"
+    for before, after in zip(checkpoints.save_late(name, layout), checkpoints.load(name, layout), strict=True):
+        assert unequal(before["saved"], after["saved"]) == []
+        assert unequal(before["next"], after["next"]) == []
 
 
 @pytest.mark.parametrize("layout", SAME)

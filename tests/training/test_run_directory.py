@@ -39,6 +39,15 @@ def test_the_same_settings_continue_a_run(config, directory):
     directory.open(change(config, "verify", url="http://127.0.0.1:1"))
 
 
+def test_another_layout_continues_a_run(config, directory):
+    directory.open(change(config, "policy", tensor_parallel=2, pipeline_parallel=2, micro_batch=1))
+    options = {"recompute_granularity": "full", "num_layers_in_first_pipeline_stage": 3, "overlap_grad_reduce": True}
+    directory.open(change(config, "policy", megatron=options))
+    for fixed in ({"clip_grad": 0.5}, {"use_distributed_optimizer": True}):
+        with pytest.raises(ConfigError, match=r"other settings \(policy\.megatron\)"):
+            directory.open(change(config, "policy", megatron=options | fixed))
+
+
 def test_other_settings_are_refused_and_named(config, directory):
     before = directory.config_file.read_text()
     with pytest.raises(
@@ -68,6 +77,15 @@ def test_a_checkpoint_that_was_being_written_is_not_seen(directory):
     assert directory.saved_steps() == [2]
     write_checkpoint(directory, 4)
     assert not (directory.checkpoint(4) / "half").exists()
+
+
+def test_what_kills_left_is_removed(directory):
+    for step in (2, 4, 6):
+        write_checkpoint(directory, step, kept=9)
+    for left in (3, 4):
+        (directory.checkpoints / f"unfinished_{left}" / "policy").mkdir(parents=True)
+    directory.prune(kept=2)
+    assert sorted(path.name for path in directory.checkpoints.iterdir()) == ["step_4", "step_6"]
 
 
 def test_an_intact_checkpoint_passes(directory):

@@ -82,7 +82,7 @@ class _BroadcastLink:
         dist.destroy_process_group(group)  # first: it ends a broadcast that the server still waits for
         del group
         if tell:
-            with contextlib.suppress(SGLangError):
+            with contextlib.suppress(SGLangError, RuntimeError):  # the second: the client is closed already
                 self._client.destroy_weights_update_group(self._name)
 
     def _join(self) -> None:
