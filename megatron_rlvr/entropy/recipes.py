@@ -336,7 +336,7 @@ def build_recipe(
 
 
 def _merged(name: str, defaults: Options, given: Options) -> dict[str, Any]:
-    """The recipe's options with ``given`` over their defaults, each of its default's type; whole numbers are numbers."""
+    """The recipe's options with ``given`` over their defaults, of the same types; whole numbers are numbers."""
     for key, value in given.items():
         if key not in defaults:
             known = f"its options are {', '.join(defaults)}" if defaults else "it has none"
