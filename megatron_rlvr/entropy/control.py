@@ -62,7 +62,9 @@ class EntropyControl:
             controller: Turns entropy into a value.
             actuator: What the value does, a key of ``ACTUATORS``.
             immediate: Whether a step's entropy moves the value of that step (gates, Ada-Ent-Reg, EntroPIC, Entrocraft,
-                STARE) or of the next one (Eq. 5 of PAR, and schedules, which would skip their first value).
+                STARE) or of the next one (Eq. 5 of PAR, and schedules, which would skip their first value). The signal
+                ``policy`` comes one step late already, so there it moves the value of the step that is told of it,
+                unless that is a temperature, which has been sampled with by then.
             signal: Which entropy ``decide`` is to be given.
             ema: Share of the previous smoothed entropy in the one that the controller sees; PAR's tables use 0.6.
             fallback: What joins when the controller is held with the entropy below the target.
@@ -86,7 +88,8 @@ class EntropyControl:
                     f"the fallback acts on {fallback.actuator}, which does something at 0; use bonus or gain"
                 )
         self.controller, self.signal = controller, signal
-        self._actuator, self._immediate, self._ema = actuator, immediate, ema
+        self._actuator, self._ema = actuator, ema
+        self._immediate = immediate or (signal == "policy" and actuator != "temperature")
         self._fallback, self._alarm_after = fallback, alarm_after
         self.value = controller.value
         self.saturated_low = self.saturated_high = 0
@@ -118,7 +121,8 @@ class EntropyControl:
             mend = "raise the target or choose a recipe that can lower entropy, unless it is falling by itself"
         else:
             mend = "lower the target or the learning rate, take fewer updates per rollout, or "
-            mend += "add a fallback bonus" if self._fallback is None else "raise the fallback's bound"
+            alone = "raise its bound" if self._actuator == "bonus" else "add a fallback bonus"
+            mend += alone if self._fallback is None else "raise the fallback's bound"
         if self._fallback is not None:
             mend = f"the fallback's {self._fallback.actuator} is {self.fallback_value:g}; {mend}"
         return (

@@ -33,6 +33,13 @@ class ConfidentSigns:
 
     threshold: float = 0.95
 
+    def __post_init__(self) -> None:
+        """Refuse what is no probability that a token can exceed."""
+        if not 0.0 < self.threshold < 1.0:
+            raise RLVRError(
+                f"the threshold of EntroPIC's token rule is {self.threshold} but must lie in (0, 1); the paper uses 0.95"
+            )
+
     def __call__(self, batch: TokenBatch, gain: float) -> TokenPlan:
         """See the class; raises ``RLVRError`` if the gain is out of range."""
         _require_gain("EntroPIC's token rule", gain, -1.0, 1.0)

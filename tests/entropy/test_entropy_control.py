@@ -101,13 +101,27 @@ def test_a_schedule_starts_at_its_first_value() -> None:
 
 
 @pytest.mark.parametrize("immediate", [False, True])
-def test_the_first_step_of_the_policy_signal_moves_nothing(immediate: bool) -> None:
+def test_the_policy_signal_moves_nothing_in_the_first_step_and_then_the_step_that_is_told_of_it(immediate: bool) -> None:
     controller = EntropyGuided(initial=0.5, step_size=0.25)
     control = EntropyControl(controller, "positive_weight", immediate=immediate, signal="policy")
     assert control.decide(None).positive_weight == 0.5
     assert controller.steps == 0
-    expected = [0.75, 1.0] if immediate else [0.5, 0.75]
-    assert [control.decide(0.3).positive_weight for _ in range(2)] == expected
+    # Eq. 5: H_0, told in step 1, makes lambda_1
+    assert [control.decide(0.3).positive_weight for _ in range(2)] == [0.75, 1.0]
+
+
+def test_a_schedule_keeps_its_clock_under_the_policy_signal() -> None:
+    control = EntropyControl(Linear(1.0, 0.0, 3), "negative_weight", immediate=False, signal="policy")
+    assert [control.decide(signal).negative_weight for signal in (None, 0.3, 0.3)] == [1.0, 0.5, 0.0]
+
+
+def test_under_the_policy_signal_a_temperature_is_the_one_that_was_sampled_with() -> None:
+    controller = ProportionalIntegral(0.5, kp=1.0, ki=0.0, low=0.5, high=1.5, bias=1.0, direction=-1)
+    control = EntropyControl(controller, "temperature", immediate=False, signal="policy")
+    for signal in (None, 0.25, 0.5):
+        sampled_with = control.next_temperature(0.9)
+        assert control.decide(signal).temperature == sampled_with
+    assert sampled_with == 1.25
 
 
 def test_the_next_rollout_samples_with_the_newest_temperature() -> None:
@@ -249,6 +263,16 @@ def test_the_alarm_tells_of_the_fallback() -> None:
         "so it can do no more: the fallback's bonus is 0.2; lower the target or the learning rate, take fewer updates "
         "per rollout, or raise the fallback's bound"
     )
+
+
+def test_the_alarm_of_a_bonus_asks_for_no_fallback_which_it_cannot_have() -> None:
+    control = EntropyControl(
+        AdaptiveCoefficient(0.2, step_size=0.1, high=0.1), "bonus", immediate=True, alarm_after=1
+    )
+    control.decide(0.1)
+    control.decide(0.1)
+    assert control.alarm is not None
+    assert control.alarm.endswith("take fewer updates per rollout, or raise its bound")
 
 
 def test_entropy_above_the_target_engages_no_fallback() -> None:
