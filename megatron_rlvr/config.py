@@ -114,6 +114,7 @@ class PolicyConfig:
     precision: str = _key("fp32", f"one of {', '.join(PRECISIONS)}; policy.megatron.fp8_recipe chooses a scaling")
     micro_batch: int = _key(8, "most rows per forward pass of one data-parallel rank")
     micro_batch_tokens: int = _key(0, "most tokens per forward pass, rows packed; 0 pads micro_batch rows instead")
+    offload_optimizer: bool = _key(False, "keep the optimizer's state on the host between the updates of two steps")
     learning_rate: float = _key(1e-6, "peak learning rate of Adam")
     lr_schedule: str = _key("cosine", f"one of {', '.join(LR_SCHEDULES)}; cosine falls to 0 at the last step")
     megatron: dict[str, Any] = _key({}, "passed to Megatron-Core's TransformerConfig, OptimizerConfig or DDP config")

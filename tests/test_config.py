@@ -26,7 +26,7 @@ rollout.prompts_per_call rollout.servers rollout.urls rollout.min_servers rollou
 rollout.bucket_mib rollout.trainer_address rollout.sglang
 policy.model policy.tensor_parallel policy.sequence_parallel policy.pipeline_parallel policy.virtual_pipeline
 policy.context_parallel policy.data_parallel policy.precision policy.micro_batch policy.micro_batch_tokens
-policy.learning_rate policy.lr_schedule policy.megatron
+policy.offload_optimizer policy.learning_rate policy.lr_schedule policy.megatron
 objective.advantages objective.advantage_options objective.whiten objective.mismatch objective.mismatch_options
 objective.surrogate objective.surrogate_options objective.clip_low objective.clip_high objective.kl
 objective.kl_estimator objective.aggregation objective.minibatches objective.epochs

@@ -37,7 +37,8 @@ class ConfidentSigns:
         """Refuse what is no probability that a token can exceed."""
         if not 0.0 < self.threshold < 1.0:
             raise RLVRError(
-                f"the threshold of EntroPIC's token rule is {self.threshold} but must lie in (0, 1); the paper uses 0.95"
+                f"the threshold of EntroPIC's token rule is {self.threshold} but must lie in (0, 1); the original's is "
+                "0.95"
             )
 
     def __call__(self, batch: TokenBatch, gain: float) -> TokenPlan:

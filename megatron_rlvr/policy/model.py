@@ -26,6 +26,7 @@ from megatron_rlvr.config import PIPELINE_SPLIT, PolicyConfig
 from megatron_rlvr.core import RLVRError
 from megatron_rlvr.policy import parallel, precision
 from megatron_rlvr.policy.architecture import Architecture
+from megatron_rlvr.policy.gpu_memory import gradient_accumulation_fusion
 from megatron_rlvr.policy.local_layers import LocalAttention, LocalNorm
 
 _CONFIG_CLASSES = (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)
@@ -213,6 +214,7 @@ def transformer_config(config: PolicyConfig, architecture: Architecture) -> Tran
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
     }
+    gpu_only = {"gradient_accumulation_fusion": gradient_accumulation_fusion()} if on_gpu else {}
     return _build(
         TransformerConfig,
         config.megatron,
@@ -232,7 +234,7 @@ def transformer_config(config: PolicyConfig, architecture: Architecture) -> Tran
         batch_p2p_comm=config.virtual_pipeline == 1,
         calculate_per_token_loss=True,
         **precision.transformer_settings(config),
-        **({} if on_gpu else cpu_only),
+        **(gpu_only if on_gpu else cpu_only),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_rlvr.core import RLVRError, StepMetrics
 from megatron_rlvr.objective import LossInputs, LossOutputs, Metrics, Objective
 from megatron_rlvr.policy import model as megatron
 from megatron_rlvr.policy import parallel, precision
+from megatron_rlvr.policy.gpu_memory import move_optimizer_state
 from megatron_rlvr.policy.hf_weights import TensorReader, WeightMap, load_weights, named_full_tensors, read_hf_config
 from megatron_rlvr.policy.micro_batches import Cut, MicroBatch, TrainingRows, cut_micro_batch, deal
 from megatron_rlvr.vocab import TokenStats, linear_policy_loss, linear_token_stats
@@ -156,6 +158,16 @@ class Policy:
             )
         # Every rank sees the same norm; one share each keeps the reduced mean right.
         metrics.add("grad_norm", float(grad_norm), 1.0)
+
+    def updating(self) -> AbstractContextManager[None]:
+        """Wraps one step's updates; outside of it ``policy.offload_optimizer`` keeps the optimizer's state on the host."""
+        return self._optimizer_at_hand() if self.config.offload_optimizer else nullcontext()
+
+    @contextmanager
+    def _optimizer_at_hand(self) -> Iterator[None]:
+        move_optimizer_state(self.optimizer, parallel.device())
+        yield
+        move_optimizer_state(self.optimizer, torch.device("cpu"))
 
     def step_schedule(self) -> None:
         """Advance the learning rate by one rollout step."""

@@ -289,8 +289,9 @@ class Trainer:
         parts = minibatches(
             rows, prepared.groups_B, objective, self._seed(_MINIBATCHES), aggregation=composition.aggregation
         )
-        for age, part in enumerate(parts, start=1):
-            self.policy.update(part, composition.objective(actuation, age), metrics)
+        with self.policy.updating():
+            for age, part in enumerate(parts, start=1):
+                self.policy.update(part, composition.objective(actuation, age), metrics)
 
     def _evaluate(self) -> None:
         """Accuracy on the held-out prompts, drawn with the same random numbers every time."""

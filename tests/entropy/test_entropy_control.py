@@ -101,7 +101,9 @@ def test_a_schedule_starts_at_its_first_value() -> None:
 
 
 @pytest.mark.parametrize("immediate", [False, True])
-def test_the_policy_signal_moves_nothing_in_the_first_step_and_then_the_step_that_is_told_of_it(immediate: bool) -> None:
+def test_the_policy_signal_moves_the_step_that_is_told_of_it_and_not_the_first(
+    immediate: bool,
+) -> None:
     controller = EntropyGuided(initial=0.5, step_size=0.25)
     control = EntropyControl(controller, "positive_weight", immediate=immediate, signal="policy")
     assert control.decide(None).positive_weight == 0.5
@@ -266,9 +268,7 @@ def test_the_alarm_tells_of_the_fallback() -> None:
 
 
 def test_the_alarm_of_a_bonus_asks_for_no_fallback_which_it_cannot_have() -> None:
-    control = EntropyControl(
-        AdaptiveCoefficient(0.2, step_size=0.1, high=0.1), "bonus", immediate=True, alarm_after=1
-    )
+    control = EntropyControl(AdaptiveCoefficient(0.2, step_size=0.1, high=0.1), "bonus", immediate=True, alarm_after=1)
     control.decide(0.1)
     control.decide(0.1)
     assert control.alarm is not None

@@ -259,6 +259,9 @@ def test_options_that_break_a_rule_are_refused() -> None:
             Steer(**options)
     with pytest.raises(RLVRError, match="form of STEER's weights is 'cubic'"):
         Steer(form="cubic")  # type: ignore[arg-type]
+    for threshold in (0.0, 1.0, math.nan):
+        with pytest.raises(RLVRError, match=r"threshold of EntroPIC's token rule is .* \(0, 1\)"):
+            ConfidentSigns(threshold)
 
 
 def test_a_batch_that_does_not_fit_is_refused() -> None:

@@ -19,7 +19,13 @@ STEPS = 4
 SMALL = (
     *(f"run.steps={STEPS}", "run.checkpoint_every=1", "rollout.prompts=8", "rollout.samples_per_prompt=4"),
     *("rollout.prompts_per_call=2", "objective.minibatches=2", "objective.epochs=1", "policy.micro_batch=4"),
-    *("policy.learning_rate=2e-4", "entropy.options.step=0.25", "evaluation.prompts=8", "evaluation.samples=4"),
+    *(
+        "policy.offload_optimizer=true",
+        "policy.learning_rate=2e-4",
+        "entropy.options.step=0.25",
+        "evaluation.prompts=8",
+        "evaluation.samples=4",
+    ),
 )
 CLOCK = ("seconds/", "tokens_per_s")
 
