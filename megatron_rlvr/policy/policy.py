@@ -160,7 +160,7 @@ class Policy:
         metrics.add("grad_norm", float(grad_norm), 1.0)
 
     def updating(self) -> AbstractContextManager[None]:
-        """Wraps one step's updates; outside of it ``policy.offload_optimizer`` keeps the optimizer's state on the host."""
+        """Wraps a step's updates; outside of it ``policy.offload_optimizer`` keeps the optimizer's state on the host."""
         return self._optimizer_at_hand() if self.config.offload_optimizer else nullcontext()
 
     @contextmanager
