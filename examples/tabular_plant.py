@@ -17,7 +17,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import yaml
 
+from megatron_rlvr.core import RLVRError
 from megatron_rlvr.entropy import RunPlan, build_recipe
 from megatron_rlvr.objective import (
     ESTIMATORS,
@@ -94,6 +96,8 @@ def run(plant: Plant) -> Trace:
         options=plant.options,
         fallback_after=plant.fallback_after,
     )
+    if recipe.nucleus or plant.recipe == "temperature_pi":
+        raise RLVRError(f"recipe {plant.recipe} needs a nucleus or a sampling temperature, which this plant lacks")
     trace = Trace()
     for step in range(plant.steps):
         with torch.no_grad():
@@ -109,8 +113,8 @@ def run(plant: Plant) -> Trace:
         groups_B = torch.arange(plant.batch).repeat_interleave(plant.group)
         outcomes = Outcomes(rewards_B, groups_B, torch.ones_like(groups_B, dtype=torch.bool))
         advantages_B = ESTIMATORS[recipe.advantages or "grpo"](outcomes, **recipe.advantage_options)
-        trace.value.append(recipe.control.value)
         actuation = recipe.control.decide(float(stats.entropy_BL.double().mean()))
+        trace.value.append(recipe.control.value)
         given = compose(stats, advantages_B, recipe.rule, gain=actuation.gain, seed=step)
         settings = LossSettings(
             clip_low=plant.clip_low,
@@ -165,13 +169,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="+")
     parser.add_argument("--target", default="")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=NUMBER")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--seeds", type=int, default=1)
     for name in ("steps", "updates", "reuse"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Plant, name))
     parser.add_argument("--task", choices=("random", "learnable"), default="random")
     arguments = parser.parse_args()
-    options = {name: float(value) for name, _, value in (text.partition("=") for text in arguments.option)}
+    options = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in arguments.option)}
     for name in arguments.recipes:
         for seed in range(arguments.seeds):
             plant = Plant(

@@ -19,7 +19,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import YAMLError
 
 RECIPES = (
-    *("none", "par", "par_pi", "par_stage", "par_epoch", "fixed", "w_reinforce", "nsr", "psr"),
+    *("none", "par", "par_pi", "par_stage", "par_epoch", "schedule", "fixed", "w_reinforce", "nsr", "psr"),
     *("ada_ent_reg", "bonus", "siren", "entropic", "entrocraft", "stare", "temperature_pi"),
     *("clip_higher", "gppo", "clip_cov", "kl_cov", "rand_pos_clip", "top_entropy", "entropy_advantage", "asym_grpo"),
     *("a3po", "steer", "repo_r"),
@@ -156,6 +156,7 @@ class EntropyConfig:
     options: dict[str, Any] = _key({}, "options of the recipe, see docs/entropy.md")
     alarm_after: int = _key(20, "steps at a bound with the entropy on the wrong side until the log says so")
     fallback_after: int = _key(0, "such steps until an adaptive entropy bonus helps; 0 for never")
+    fallback_high: float = _key(0.005, "largest coefficient of that bonus")
 
 
 @dataclass(frozen=True)
@@ -324,7 +325,7 @@ def _check_ranges(config: Config) -> None:
         *("rollout.bucket_mib", "policy.tensor_parallel", "policy.data_parallel"),
         *("policy.pipeline_parallel", "policy.virtual_pipeline", "policy.context_parallel"),
         *("policy.micro_batch", "policy.learning_rate", "objective.minibatches", "objective.epochs"),
-        "entropy.alarm_after",
+        *("entropy.alarm_after", "entropy.fallback_high"),
         *("verify.deadline_s", "evaluation.prompts", "evaluation.samples"),
     )
     for key in positive:

@@ -31,6 +31,7 @@ objective.advantages objective.advantage_options objective.whiten objective.mism
 objective.surrogate objective.surrogate_options objective.clip_low objective.clip_high objective.kl
 objective.kl_estimator objective.aggregation objective.minibatches objective.epochs
 entropy.recipe entropy.target entropy.signal entropy.ema entropy.options entropy.alarm_after entropy.fallback_after
+entropy.fallback_high
 verify.url verify.deadline_s verify.max_infra_error_share
 evaluation.every evaluation.prompts evaluation.samples
 """.split()  # noqa: SIM905 - one section per line

@@ -2,8 +2,9 @@ r"""Why did the entropy move? First-order predictions from each update, split by
 
 A step of one row's logits along the gradient of ``c log p(y)`` with rate eta changes that row's entropy by
 ``eta c s``, s the inner product of the gradients of log p(y) and of H (``TokenExtras.entropy_slope``). The *drive* of a
-token is ``c s`` with c = -dloss/dlog p; the objective sums it by sign of the advantage, for tokens whose gradient the
-clip removed as what it would have been, and the loop by the age of the mini-batch. Shares need no eta.
+token is ``c s`` with c = -dloss/dlog p of the policy term; that of the bonus is alpha |grad H|^2 (a nucleus' bonus and
+the KL terms are left out). The objective sums it by sign of the advantage, for tokens whose gradient the clip removed
+as what it would have been, and the loop by the age of the mini-batch. Shares need no eta.
 
 The size of a step in logits is unknown under Adam and shared weights, so the prediction of a change is the drive times
 a factor fitted, without intercept, to the steps before it. It assumes that tokens do not share parameters and that the
@@ -21,6 +22,7 @@ from megatron_rlvr.core import RLVRError
 
 PREFIX = "entropy_drive/"
 _SIGNS = ("positive", "negative")
+CAUSES = (*_SIGNS, "bonus")
 _SUMS = ("pairs", "drive_squared", "change_squared", "product", "same_sign")
 
 
@@ -64,23 +66,24 @@ class Attribution:
         self._entropy, self._drive = entropy, None
         return record
 
-    def record(self, means: Mapping[str, float]) -> dict[str, float]:
+    def record(self, means: Mapping[str, float], learning_rate: float = 1.0) -> dict[str, float]:
         """Take the drives of the step's updates from its reduced metrics.
 
         Args:
-            means: Metrics of the step; ``entropy_drive/positive`` and ``…/negative`` are its token means.
+            means: Metrics of the step; ``entropy_drive/positive``, ``…/negative`` and ``…/bonus`` are its token means.
+            learning_rate: Of the step; the predicted change is proportional to it.
 
         Returns:
-            ``entropy_share/positive`` and ``…/negative``, each a signed share of the sum of both magnitudes, and
+            ``entropy_share/`` of the same three, each a signed share of the sum of the magnitudes, and
             ``entropy_share/age_n``, the same over the mini-batches; ``entropy_share/withheld``, what clipping held
             back of both signs relative to that sum.
         """
-        self._drive = sum(means[PREFIX + sign] for sign in _SIGNS)
+        self._drive = learning_rate * sum(means[PREFIX + cause] for cause in CAUSES)
         ages = [name for name in means if name.startswith(PREFIX + "age_")]
-        whole = sum(abs(means[PREFIX + sign]) for sign in _SIGNS)
+        whole = sum(abs(means[PREFIX + cause]) for cause in CAUSES)
         aged = sum(abs(means[name]) for name in ages)
         withheld = sum(means[f"{PREFIX}withheld_{sign}"] for sign in _SIGNS)
-        shares = {f"entropy_share/{sign}": _share(means[PREFIX + sign], whole) for sign in _SIGNS}
+        shares = {f"entropy_share/{cause}": _share(means[PREFIX + cause], whole) for cause in CAUSES}
         shares["entropy_share/withheld"] = _share(withheld, whole)
         return shares | {f"entropy_share/{name.removeprefix(PREFIX)}": _share(means[name], aged) for name in ages}
 

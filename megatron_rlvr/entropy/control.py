@@ -105,6 +105,11 @@ class EntropyControl:
         return None if band is None else (band[0] + band[1]) / 2.0
 
     @property
+    def smoothed(self) -> float | None:
+        """The entropy (nats) that the controller last saw, after ``ema``; None before the first."""
+        return self._smoothed
+
+    @property
     def fallback_value(self) -> float:
         """The value of the fallback, 0 while it is not engaged."""
         return self._fallback.controller.value if self._fallback is not None and self._engaged else 0.0

@@ -276,7 +276,7 @@ class BangBang(Feedback):
 
 
 class Multiplicative(Feedback):
-    """Times ``factor`` if the entropy is below the target, else divided by it: ζ of REPO-R (arXiv:2603.11682)."""
+    """Times ``factor`` if the entropy is below the target, divided by it if above: ζ of REPO-R (arXiv:2603.11682)."""
 
     kind = "multiplicative"
     direction = -1
@@ -294,5 +294,5 @@ class Multiplicative(Feedback):
         self._factor, self._value = factor, initial
 
     def _move(self, signal: float, *targets: float) -> None:
-        moved = self._value * self._factor if signal < targets[0] else self._value / self._factor
+        moved = self._value * self._factor ** ((signal < targets[0]) - (signal > targets[0]))
         self._value = min(max(moved, self.bounds[0]), self.bounds[1])

@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from megatron_rlvr.core import RLVRError
 from megatron_rlvr.entropy import token_masks, token_weights
 from megatron_rlvr.entropy.control import EntropyControl, Fallback
-from megatron_rlvr.entropy.controllers import Constant, Controller, EpochWise, Linear, StageBased
+from megatron_rlvr.entropy.controllers import Constant, Controller, Cosine, EpochWise, Linear, StageBased
 from megatron_rlvr.entropy.feedback import (
     AdaptiveCoefficient,
     BangBang,
@@ -27,7 +29,7 @@ from megatron_rlvr.entropy.feedback import (
 from megatron_rlvr.entropy.signal import SignalKind
 from megatron_rlvr.entropy.targets import Target
 from megatron_rlvr.entropy.token_masks import Uniform
-from megatron_rlvr.entropy.tokens import TokenRule
+from megatron_rlvr.entropy.tokens import TokenBatch, TokenRule
 
 Options = Mapping[str, Any]
 NUCLEUS = 0.8  # top-p of the nucleus signal; SIREN's
@@ -156,6 +158,24 @@ def _epoch_wise(inputs: _Inputs) -> Controller:
     return EpochWise(epochs=math.ceil(inputs.plan.total_steps / steps), steps_per_epoch=inputs.plan.steps_per_epoch)
 
 
+def _ramp(inputs: _Inputs) -> Controller:
+    options = inputs.options
+    shapes = {"linear": Linear, "cosine": Cosine}
+    if options["shape"] not in shapes:
+        raise RLVRError(f"entropy.options.shape is {options['shape']!r}; it is linear or cosine")
+    return shapes[options["shape"]](options["start"], options["end"], options["steps"] or inputs.plan.total_steps)
+
+
+def _temperature(inputs: _Inputs) -> Controller:
+    low, high, temperature = inputs.options["low"], inputs.options["high"], inputs.plan.temperature
+    if not low <= temperature <= high:
+        raise RLVRError(
+            f"rollout.temperature is {temperature} but temperature_pi moves within [{low}, {high}]; change it, or "
+            "entropy.options.low and high"
+        )
+    return _pi(inputs, direction=-1, bias=temperature)
+
+
 def _adaptive(inputs: _Inputs) -> Controller:
     return AdaptiveCoefficient(inputs.target, step_size=inputs.options["step"], high=inputs.options["high"])
 
@@ -176,6 +196,11 @@ _SPECS: dict[str, _Spec] = {
     "par_pi": _Spec(lambda inputs: _pi(inputs, direction=1, bias=1.0), "positive_weight", _PI_OPTIONS, target="0.2"),
     "par_stage": _Spec(lambda inputs: StageBased(inputs.plan.total_steps), "positive_weight"),
     "par_epoch": _Spec(_epoch_wise, "positive_weight"),
+    "schedule": _Spec(
+        _ramp,
+        "positive_weight",
+        {"actuator": "positive_weight", "start": 0.0, "end": 1.0, "shape": "linear", "steps": 0},
+    ),
     "fixed": _Spec(_option("positive_weight"), "positive_weight", {"positive_weight": 0.5}),
     "w_reinforce": _Spec(_option("positive_weight"), "positive_weight", {"positive_weight": 0.1}, advantages="outcome"),
     "nsr": _Spec(_fixed(0.0), "positive_weight", advantages="outcome"),
@@ -217,7 +242,7 @@ _SPECS: dict[str, _Spec] = {
         rule=lambda options: token_weights.Surprisal(share=options["share"], both_signs=options["both_signs"]),
     ),
     "temperature_pi": _Spec(
-        lambda inputs: _pi(inputs, direction=-1, bias=inputs.plan.temperature),
+        _temperature,
         "temperature",
         {"kp": 1.0, "ki": 0.05, "low": 0.5, "high": 1.5},
         target="100%",
@@ -276,6 +301,7 @@ def build_recipe(
     ema: float = 0.0,
     alarm_after: int = 20,
     fallback_after: int = 0,
+    fallback_high: float = 0.005,
 ) -> Recipe:
     """The recipe that ``name`` stands for.
 
@@ -287,8 +313,8 @@ def build_recipe(
         signal: Overrides the entropy that steers.
         ema: Share of the past in the smoothed signal.
         alarm_after: Steps at a bound, entropy on the wrong side, until ``control.alarm`` says so.
-        fallback_after: Such steps until an adaptive entropy bonus (Skywork's released step 1e-4, at most 0.005) joins
-            in; 0 for never.
+        fallback_after: Such steps until an adaptive entropy bonus joins in; 0 for never.
+        fallback_high: Its largest coefficient; it moves by a fiftieth of that, which with 0.005 is Skywork's release.
 
     Raises:
         RLVRError: If the name or an option is unknown, or a value does not fit.
@@ -311,21 +337,24 @@ def build_recipe(
                 f"entropy.fallback_after is {fallback_after} but recipe {name} has no target to fall behind, or acts "
                 "on the entropy bonus itself; set it to 0"
             )
-        rescue = AdaptiveCoefficient(Target.parse(target or spec.target, plan.total_steps), step_size=1e-4, high=0.005)
+        goal_again = Target.parse(target or spec.target, plan.total_steps)  # a target has a state of its own
+        rescue = AdaptiveCoefficient(goal_again, step_size=fallback_high / 50, high=fallback_high)
         fallback = Fallback(rescue, "bonus", after=fallback_after)
     control = EntropyControl(
         spec.controller(_Inputs(chosen, goal, plan)),
-        spec.actuator,
+        chosen.get("actuator", spec.actuator),
         immediate=spec.immediate,
         signal=kind,
         ema=ema,
         fallback=fallback,
         alarm_after=alarm_after,
     )
+    rule = spec.rule(chosen)
+    _try(rule, *(control.controller.bounds or (0.0,) if spec.actuator == "gain" else (0.0,)))
     return Recipe(
         name,
         control,
-        spec.rule(chosen),
+        rule,
         spec.advantages,
         spec.advantage_options(chosen),
         spec.loss(chosen),
@@ -333,6 +362,14 @@ def build_recipe(
         nucleus_share=chosen["share"] if spec.signal == "nucleus" else 1.0,
         trains_nucleus=spec.signal == "nucleus",
     )
+
+
+def _try(rule: TokenRule, *gains: float) -> None:
+    """Let the rule refuse its options and gains now rather than in the first step."""
+    numbers = torch.tensor([1.0, -1.0])
+    batch = TokenBatch(-numbers.abs(), numbers.abs(), numbers, torch.arange(2), torch.arange(2), numbers.abs())
+    for gain in gains:
+        rule(batch, gain)
 
 
 def _merged(name: str, defaults: Options, given: Options) -> dict[str, Any]:

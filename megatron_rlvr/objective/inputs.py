@@ -9,7 +9,16 @@ import torch
 
 Metrics = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
-_FLOATING = ("weight", "scale", "penalty", "bonus", "reference_logprob", "nucleus_entropy", "entropy_slope")
+_FLOATING = (
+    "weight",
+    "scale",
+    "penalty",
+    "bonus",
+    "reference_logprob",
+    "nucleus_entropy",
+    "entropy_slope",
+    "entropy_grad_norm",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +41,7 @@ class LossInputs:
         sequence: Which response a token belongs to, int64; any ids that differ within a call.
         entropy_slope: First-order change of the entropy per unit step along the gradient of the token's log-prob in
             the logits, as `megatron_rlvr.vocab.TokenExtras` has it.
+        entropy_grad_norm: Norm of the gradient of the entropy in the logits, from there too; with ``entropy_slope``.
 
     Raises:
         ValueError: If the shapes differ, the mask is not bool or the sequence ids are not int64.
@@ -50,6 +60,7 @@ class LossInputs:
     nucleus_entropy: torch.Tensor | None = None
     sequence: torch.Tensor | None = None
     entropy_slope: torch.Tensor | None = None
+    entropy_grad_norm: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         """Compare shapes before broadcasting can hide a mistake."""

@@ -37,6 +37,7 @@ def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
 
         entropy_drive/positive, /negative                      sum of slope times -dloss/dlogprob of the policy term
         entropy_drive/withheld_positive, /withheld_negative    what the tokens that clipping silenced would have added
+        entropy_drive/bonus                                    the same of the entropy bonus, given entropy_grad_norm
 
     for either sign of A, ``scale`` included: to first order the change of entropy by a unit step in the logits.
 
@@ -75,6 +76,10 @@ def policy_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
     values |= _token_values(inputs, settings, log_ratio.detach(), clipped_ratio.detach())
     if inputs.entropy_slope is not None:
         values |= _entropy_drive(surrogate, scale * weighted, inputs.fixed("entropy_slope"))
+        # A step along the gradient of the entropy itself; that of a nucleus has another gradient, and is left out.
+        pull = settings.bonus if inputs.nucleus_entropy is None else 0.0
+        norm = inputs.fixed("entropy_grad_norm", 0.0)
+        values["entropy_drive/bonus"] = pull * scale * inputs.fixed("bonus") * norm.square()
     count = mask.sum()
     metrics = {name: (value.detach().sum(dtype=torch.float64), count) for name, value in values.items()}
     return LossOutputs(losses=losses, count=count, metrics=metrics)

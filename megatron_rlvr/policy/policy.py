@@ -160,7 +160,7 @@ class Policy:
         metrics.add("grad_norm", float(grad_norm), 1.0)
 
     def updating(self) -> AbstractContextManager[None]:
-        """Wraps a step's updates; outside of it ``policy.offload_optimizer`` keeps the optimizer's state on the host."""
+        """Wraps a step's updates; outside, ``policy.offload_optimizer`` keeps the optimizer's state on the host."""
         return self._optimizer_at_hand() if self.config.offload_optimizer else nullcontext()
 
     @contextmanager
@@ -292,6 +292,7 @@ class Policy:
             more = {name: value_R[chunk] for name, value_R in given.items()}
             if stats.extras is not None:
                 more["entropy_slope"] = stats.extras.entropy_slope
+                more["entropy_grad_norm"] = stats.extras.entropy_grad_norm
             if stats.nucleus_entropy is not None:
                 more["nucleus_entropy"] = stats.nucleus_entropy
             mask_R = torch.ones_like(stats.logprob, dtype=torch.bool)

@@ -14,6 +14,7 @@ import torch
 from megatron_rlvr.config import Config
 from megatron_rlvr.core import RLVRError
 from megatron_rlvr.entropy import Actuation, Recipe, RunPlan, SignalKind, build_recipe
+from megatron_rlvr.entropy.attribution import CAUSES
 from megatron_rlvr.entropy.token_masks import KlCov
 from megatron_rlvr.entropy.token_weights import EntropyAdvantage, LogProbAdvantage, LowProbPositives
 from megatron_rlvr.objective import (
@@ -66,8 +67,8 @@ class Composition:
 
 def _aged_loss(inputs: LossInputs, *, settings: LossSettings, age: int) -> LossOutputs:
     outputs = policy_loss(inputs, settings)
-    drives = [outputs.metrics[f"entropy_drive/{sign}"] for sign in ("positive", "negative")]
-    outputs.metrics[f"entropy_drive/age_{age}"] = (drives[0][0] + drives[1][0], drives[0][1])
+    drives = [outputs.metrics[f"entropy_drive/{cause}"] for cause in CAUSES]
+    outputs.metrics[f"entropy_drive/age_{age}"] = (torch.stack([total for total, _ in drives]).sum(), outputs.count)
     return outputs
 
 
@@ -88,6 +89,7 @@ def compose_run(config: Config, prompts: int) -> Composition:
         ema=entropy.ema,
         alarm_after=entropy.alarm_after,
         fallback_after=entropy.fallback_after,
+        fallback_high=entropy.fallback_high,
     )
     name = _agree("objective.advantages", objective.advantages, recipe.advantages, recipe.name) or "grpo"
     estimator = partial(ESTIMATORS[name], **_advantage_options(name, objective.advantage_options, recipe))
@@ -100,6 +102,11 @@ def compose_run(config: Config, prompts: int) -> Composition:
         penalty=isinstance(recipe.rule, KlCov),
         updates=objective.minibatches * objective.epochs,
     )
+    if config.policy.context_parallel > 1 and not settings.separable:
+        raise RLVRError(
+            f"surrogate {settings.surrogate} with opsm {settings.opsm} needs each sequence whole, but "
+            f"policy.context_parallel={config.policy.context_parallel} cuts them; set it to 1, or take ppo without opsm"
+        )
     constant = float(config.rollout.max_new_tokens) if objective.aggregation == "constant" else None
     return Composition(
         recipe=recipe,

@@ -172,7 +172,7 @@ class Trainer:
             self._resync(version=self.step + 1)
         means = self.policy.reduce_metrics(metrics).means()
         self.policy_entropy = means["policy_entropy"]
-        shares = self.attribution.record(means)
+        shares = self.attribution.record(means, learning_rate)
         if self.rank == 0:
             total = time.perf_counter() - started
             self._recorder.record_step(
@@ -206,7 +206,11 @@ class Trainer:
 
     def _controlled(self, actuation: Actuation) -> dict[str, float]:
         """What entropy control did in this step, for the records."""
-        optional = {"target": self.control.target, "temperature": actuation.temperature}
+        optional = {
+            "signal": self.control.smoothed,
+            "target": self.control.target,
+            "temperature": actuation.temperature,
+        }
         optional |= {"clip_low": actuation.clip_low, "clip_high": actuation.clip_high}
         return {
             "positive_weight": actuation.positive_weight,

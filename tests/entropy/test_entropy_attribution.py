@@ -30,6 +30,7 @@ def one_update(logits, advantages, targets, rate, settings=None):
         entropy=stats.entropy,
         mask=torch.ones_like(targets, dtype=torch.bool),
         entropy_slope=stats.extras.entropy_slope,
+        entropy_grad_norm=stats.extras.entropy_grad_norm,
     )
     outputs = policy_loss(inputs, settings or LossSettings())
     torch.autograd.backward(outputs.loss_sum)
@@ -40,15 +41,18 @@ def entropy(logits):
     return float(token_stats(logits, torch.zeros(len(logits), dtype=torch.long)).entropy.mean())
 
 
-@pytest.mark.parametrize("positive_weight", [1.0, 0.3])
-def test_a_small_gradient_step_moves_the_entropy_by_the_drive(positive_weight):
+@pytest.mark.parametrize(("positive_weight", "bonus"), [(1.0, 0.0), (0.3, 0.0), (1.0, 1.0)])
+def test_a_small_gradient_step_moves_the_entropy_by_the_drive(positive_weight, bonus):
     torch.manual_seed(0)
     logits, rate = torch.randn(CONTEXTS, VOCAB, dtype=torch.float64), 1e-5
     advantages, targets = torch.randn(CONTEXTS, dtype=torch.float64), torch.randint(VOCAB, (CONTEXTS,))
-    settings = LossSettings(positive_weight=positive_weight)
+    settings = LossSettings(positive_weight=positive_weight, bonus=bonus)
     means, moved = one_update(logits, advantages, targets, rate, settings)
-    drive = means["entropy_drive/positive"] + means["entropy_drive/negative"]
+    drive = sum(means[f"entropy_drive/{cause}"] for cause in ("positive", "negative", "bonus"))
     assert (entropy(moved) - entropy(logits)) / rate == pytest.approx(drive, rel=1e-3)
+    if bonus:
+        assert means["entropy_drive/bonus"] > 0.0
+        return
     # each sign alone
     for sign, part in (("positive", advantages.clamp(min=0)), ("negative", advantages.clamp(max=0))):
         _, alone = one_update(logits, part, targets, rate, settings)
@@ -116,9 +120,9 @@ def test_clipped_tokens_count_as_withheld():
 def test_shares_are_signed_and_whole(ages):
     means = {f"entropy_drive/age_{n}": age[0] for n, age in enumerate(ages, start=1)}
     names = ("positive", "negative", "withheld_positive", "withheld_negative")
-    means |= dict(zip((f"entropy_drive/{name}" for name in names), ages[0], strict=True))
+    means |= dict(zip((f"entropy_drive/{name}" for name in names), ages[0], strict=True)) | {"entropy_drive/bonus": 0.5}
     shares = Attribution().record(means)
-    for group in (("positive", "negative"), [f"age_{n}" for n in range(1, len(ages) + 1)]):
+    for group in (("positive", "negative", "bonus"), [f"age_{n}" for n in range(1, len(ages) + 1)]):
         values = [shares[f"entropy_share/{name}"] for name in group]
         assert sum(map(abs, values)) == pytest.approx(1.0) or not any(values)
 
@@ -126,7 +130,7 @@ def test_shares_are_signed_and_whole(ages):
 def test_a_resumed_attribution_goes_on_bit_for_bit():
     means = [
         {f"entropy_drive/{name}": value * k for name, value in zip(("positive", "negative"), (0.3, -0.1), strict=True)}
-        | {"entropy_drive/withheld_positive": 0.1, "entropy_drive/withheld_negative": 0.0}
+        | {"entropy_drive/withheld_positive": 0.1, "entropy_drive/withheld_negative": 0.0, "entropy_drive/bonus": 0.2}
         for k in (1.0, -2.0, 0.5, 3.0)
     ]
     whole, cut = Attribution(), Attribution()

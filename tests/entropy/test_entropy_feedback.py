@@ -136,7 +136,7 @@ def test_bang_bang_in_a_moving_band() -> None:
 
 def test_multiplicative_doubles_and_halves_within_bounds() -> None:
     controller = Multiplicative(0.5, initial=0.25, low=0.125, high=0.75)
-    assert after_each(controller, [0.4, 0.4, 0.5, 0.6, 0.6, 0.6]) == [0.5, 0.75, 0.375, 0.1875, 0.125, 0.125]
+    assert after_each(controller, [0.4, 0.4, 0.5, 0.6, 0.6, 0.6]) == [0.5, 0.75, 0.75, 0.375, 0.1875, 0.125]
 
 
 SIGNALS = st.lists(st.floats(0.0, 2.0), min_size=1, max_size=STEPS)

@@ -23,6 +23,8 @@ FOLLOWED = {
     "par_pi": (PLAN, [0.3, 0.1, 0.1, 0.1], [Actuation(positive_weight=w) for w in (1.0, 1.0, 0.79, 0.78)]),
     "par_stage": (SHORT, [0.3] * 4, [Actuation(positive_weight=w) for w in (0.0, 0.0, 0.5, 1.0)]),
     "par_epoch": (SHORT, [0.3] * 4, [Actuation(positive_weight=w) for w in (0.0, 0.0, 1.0, 1.0)]),
+    # 0 to 1 in the run's four steps
+    "schedule": (SHORT, [0.3] * 4, [Actuation(positive_weight=w) for w in (0.0, 1 / 3, 2 / 3, 1.0)]),
     "fixed": (PLAN, [0.3], [Actuation(positive_weight=0.5)]),
     "w_reinforce": (PLAN, [0.3], [Actuation(positive_weight=0.1)]),
     "nsr": (PLAN, [0.3], [Actuation(positive_weight=0.0)]),
@@ -45,8 +47,8 @@ FOLLOWED = {
     "clip_higher": (PLAN, [0.3], [Actuation(clip_high=0.28)]),
     # 2 - 0.005 x step
     "a3po": (PLAN, [0.3, 0.3, 0.3], [Actuation(gain=f) for f in (2.0, 1.995, 1.99)]),
-    # below the first entropy twice as much, else half
-    "repo_r": (PLAN, [1.0, 0.9, 0.9, 1.1], [Actuation(gain=z) for z in (0.005, 0.01, 0.02, 0.01)]),
+    # below the first entropy twice as much, above it half
+    "repo_r": (PLAN, [1.0, 0.9, 0.9, 1.1], [Actuation(gain=z) for z in (0.01, 0.02, 0.04, 0.02)]),
     **dict.fromkeys(
         ("gppo", "clip_cov", "kl_cov", "rand_pos_clip", "top_entropy", "entropy_advantage", "asym_grpo", "steer"),
         (PLAN, [0.3, 0.1], [Actuation(), Actuation()]),
@@ -124,6 +126,13 @@ def test_the_table_of_the_page_has_it(name):
         ("siren", {"signal": "rollout"}, "steers the nucleus entropy"),
         ("none", {"fallback_after": 5}, "recipe none has no target to fall behind"),
         ("ada_ent_reg", {"fallback_after": 5}, "acts on the entropy bonus itself"),
+        ("top_entropy", {"options": {"share": 2.0}}, "share of tokens to take is 2.0"),
+        ("a3po", {"options": {"start": 0.5}}, "gain of A3PO's token rule is 0.5"),
+        ("entropic", {"options": {"low": -2.0}}, "gain of EntroPIC's token rule is -2.0"),
+        ("schedule", {"options": {"shape": "sine"}}, "it is linear or cosine"),
+        ("schedule", {"options": {"actuator": "clip_lwo"}}, "'clip_lwo' is unknown; use 'clip_low'"),
+        ("schedule", {"options": {"actuator": "clip_low", "end": 2.0}}, "clip_low"),
+        ("temperature_pi", {"options": {"low": 1.2}}, "rollout.temperature is 1.0 but temperature_pi moves within"),
         ("par", {"ema": 1.0}, "ema is 1.0"),
     ],
 )

@@ -60,6 +60,7 @@ def everything(seed: int, size: int = 24) -> LossInputs:
         reference_logprob=base.old_logprob + 0.3 * noise(),
         nucleus_entropy=noise().abs().requires_grad_(),
         entropy_slope=noise(),
+        entropy_grad_norm=noise().abs(),
     )
 
 

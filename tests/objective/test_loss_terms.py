@@ -197,13 +197,15 @@ def test_entropy_drive_is_the_gradient_times_the_slope(name: str, seed: int) -> 
 
 
 def test_withheld_drive_by_hand() -> None:
-    got = sums(hand(entropy_slope=vector(0.1, 0.2, 0.3)), LossSettings())
+    slopes = {"entropy_slope": vector(0.1, 0.2, 0.3), "entropy_grad_norm": vector(1.0, 2.0, 3.0)}
+    got = sums(hand(**slopes, bonus=vector(1.0, 0.5, 0.0)), LossSettings(bonus=0.1))
     assert {name: value for name, value in got.items() if "drive" in name} == pytest.approx(
         {
             "entropy_drive/positive": 2 * 1.1 * 0.1,
             "entropy_drive/withheld_positive": 2 * 1.5 * 0.2,
             "entropy_drive/negative": 0.0,
             "entropy_drive/withheld_negative": -0.5 * 0.3,
+            "entropy_drive/bonus": 0.1 * (1.0 * 1.0 + 0.5 * 4.0),
         }
     )
 

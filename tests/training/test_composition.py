@@ -50,14 +50,15 @@ def test_every_recipe_composes_and_gives_a_loss(recipe):
         entropy=torch.ones(4),
         mask=torch.ones(4, dtype=torch.bool),
         entropy_slope=torch.full((4,), -0.5),
+        entropy_grad_norm=torch.full((4,), 0.5),
         **extra,
     )
     outputs = objective.loss(inputs)
     torch.autograd.backward(outputs.loss_sum)
     assert logprob.grad is not None
     assert bool(logprob.grad.isfinite().all())
-    drives = [outputs.metrics[f"entropy_drive/{name}"][0] for name in ("positive", "negative", "age_2")]
-    assert float(drives[2]) == pytest.approx(float(drives[0] + drives[1]))
+    drives = [outputs.metrics[f"entropy_drive/{name}"][0] for name in ("positive", "negative", "bonus", "age_2")]
+    assert float(drives[3]) == pytest.approx(float(sum(drives[:3])))
 
 
 def test_the_actuation_changes_what_it_names_and_nothing_else():
@@ -111,6 +112,7 @@ def test_whitening_is_over_tokens_and_before_the_sign():
         (["objective.mismatch=tis", "objective.mismatch_options.hi=3"], "known here: level, mode, low, high, veto"),
         (["objective.surrogate_options.clip_low=3"], "objective.surrogate_options.clip_low is no option"),
         (["objective.surrogate_options.dual_clip=0.5"], "dual_clip is 0.5"),
+        (["objective.surrogate=gspo", "policy.context_parallel=2"], "needs each sequence whole"),
         (["entropy.options.stepp=1"], "entropy.options.stepp"),
     ],
 )
