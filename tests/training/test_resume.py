@@ -20,7 +20,10 @@ STEPS = 5
 TINY = (
     *(f"run.steps={STEPS}", "run.checkpoint_every=2", "rollout.prompts=4", "rollout.samples_per_prompt=4"),
     *("rollout.prompts_per_call=2", "objective.minibatches=2", "objective.epochs=1", "policy.micro_batch=4"),
-    *("policy.learning_rate=2e-4", "entropy.options.step=0.25", "evaluation.prompts=2", "evaluation.samples=2"),
+    *("policy.learning_rate=2e-4", "evaluation.prompts=2", "evaluation.samples=2", "objective.kl=0.01"),
+    # a controller with every kind of state: a signal of the last step, smoothed, a target of the first, a fallback
+    *("entropy.signal=policy", "entropy.ema=0.5", "entropy.target=150%", "entropy.fallback_after=1"),
+    *("entropy.recipe=par_pi", "entropy.options.deadband=0.001"),
 )
 LAYOUTS = {
     "tp2": ("policy.tensor_parallel=2",),
