@@ -33,6 +33,7 @@ SURROGATES = ("ppo", "cispo", "gspo", "gppo", "none")
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 MISMATCHES = ("none", "tis", "icepop", "mis_token", "mis_sequence", "mis_geometric")
+OVERLONG = ("keep", "drop", "penalize")
 ENGINES = ("embedded", "sglang")
 TRANSPORTS = ("tensor", "disk", "distributed")
 PRECISIONS = ("fp32", "bf16", "fp8")
@@ -89,6 +90,12 @@ class RolloutConfig:
     samples_per_prompt: int = _key(16, "responses per prompt, the group of GRPO")
     max_new_tokens: int = _key(4096, "longest response in tokens")
     temperature: float = _key(1.0, "of the sampling, the log-probs and the entropy alike")
+    refills: int = _key(0, "dynamic sampling: how often groups all right or all wrong are replaced by new prompts")
+    over_provision: float = _key(1.0, "prompts drawn per prompt wanted; the first to finish count, the rest come back")
+    max_staleness: int = _key(0, "steps that a batch may be begun early, beside the updates; 0 is synchronous")
+    partial: bool = _key(False, "responses go on across a resync, each token with its version; else they start over")
+    overlong: str = _key("keep", f"what becomes of truncated responses: one of {', '.join(OVERLONG)}")
+    overlong_buffer: int = _key(0, "for penalize: the last tokens of max_new_tokens, over which the reward falls by 1")
     prompts_per_call: int = _key(16, "prompts that one generate call of the embedded engine takes")
     servers: int = _key(1, "SGLang servers to launch on this machine, unless urls names running ones")
     urls: str = _key("", "addresses of running SGLang servers, separated by commas; empty launches servers")
@@ -335,6 +342,10 @@ def _check_ranges(config: Config) -> None:
         "objective.clip_low": (0.0, 1.0),
         "objective.clip_high": (0.0, math.inf),
         "objective.kl": (0.0, math.inf),
+        "rollout.refills": (0, math.inf),
+        "rollout.over_provision": (1.0, math.inf),
+        "rollout.max_staleness": (0, math.inf),
+        "rollout.overlong_buffer": (0, config.rollout.max_new_tokens),
         "entropy.ema": (0.0, 1.0),
         "entropy.fallback_after": (0, math.inf),
         "verify.max_infra_error_share": (0.0, 1.0),
@@ -347,6 +358,7 @@ def _check_ranges(config: Config) -> None:
             raise ConfigError(f"{key} is {_get(config, key)}; it has to lie between {low} and {high}")
     choices = {
         "rollout.engine": ENGINES,
+        "rollout.overlong": OVERLONG,
         "rollout.transport": TRANSPORTS,
         "policy.precision": PRECISIONS,
         "policy.lr_schedule": LR_SCHEDULES,
@@ -383,8 +395,28 @@ def _check_combinations(config: Config) -> None:
             f"not split over policy.data_parallel={policy.data_parallel}; make it a multiple"
         )
     _check_layout(policy, rows)
+    _check_collection(rollout)
     if config.evaluation.every and not config.data.heldout:
         raise ConfigError(f"evaluation.every={config.evaluation.every} needs data.heldout; name its prompts there")
+
+
+def _check_collection(rollout: RolloutConfig) -> None:
+    if rollout.engine == "embedded":
+        if rollout.over_provision > 1.0:
+            raise ConfigError(
+                f"rollout.over_provision={rollout.over_provision} needs servers whose stragglers it can abort; set "
+                "rollout.engine=sglang or rollout.over_provision=1"
+            )
+        if rollout.partial:
+            raise ConfigError(
+                "rollout.partial=true needs servers that generate beside the updates; set rollout.engine=sglang or "
+                "rollout.partial=false"
+            )
+    if (rollout.overlong == "penalize") != (rollout.overlong_buffer > 0):
+        raise ConfigError(
+            f"rollout.overlong={rollout.overlong} and rollout.overlong_buffer={rollout.overlong_buffer} do not go "
+            "together; penalize needs a buffer, such as a fifth of rollout.max_new_tokens, and the others need 0"
+        )
 
 
 def _check_layout(policy: PolicyConfig, rows: int) -> None:

@@ -110,7 +110,8 @@ class RolloutBatch:
         groups_B: Prompt index of each row, ``int64``.
         rewards_B: 1 for an accepted response, else 0, ``float32``.
         valid_B: False for rows without a verdict (``infra_error``); they take no part in the update, ``bool``.
-        weight_version: Version of the weights that made the rows.
+        versions_BL: Version of the weights that made the response token at that position, 0 elsewhere, ``int32``.
+        truncated_B: True where the token budget ended the response, ``bool``.
     """
 
     tokens_BL: torch.Tensor
@@ -119,7 +120,8 @@ class RolloutBatch:
     groups_B: torch.Tensor
     rewards_B: torch.Tensor
     valid_B: torch.Tensor
-    weight_version: int
+    versions_BL: torch.Tensor
+    truncated_B: torch.Tensor
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -130,17 +132,15 @@ class RolloutBatch:
         """Pad ``samples`` to a common length; rewards are 0 and every row is valid until verdicts arrive.
 
         Raises:
-            RLVRError: If ``samples`` is empty, mixes weight versions, or a prompt or response has no tokens.
+            RLVRError: If ``samples`` is empty, or a prompt or response has no tokens.
         """
         if not samples:
             raise RLVRError("the rollout returned no samples; check the engine's log and rollout.* settings")
-        versions = {sample.weight_version for sample in samples}
-        if len(versions) != 1:
-            raise RLVRError(f"one rollout batch mixes weight versions {sorted(versions)}; resync the engines and retry")
         length = max(len(sample.prompt_ids) + len(sample.response_ids) for sample in samples)
         tokens_BL = torch.full((len(samples), length), pad_id, dtype=torch.long)
         mask_BL = torch.zeros(len(samples), length, dtype=torch.bool)
         logprobs_BL = torch.zeros(len(samples), length)
+        versions_BL = torch.zeros(len(samples), length, dtype=torch.int32)
         for row, sample in enumerate(samples):
             start, end = len(sample.prompt_ids), len(sample.prompt_ids) + len(sample.response_ids)
             if start == 0 or end == start or len(sample.logprobs) != end - start:
@@ -151,6 +151,9 @@ class RolloutBatch:
             tokens_BL[row, :end] = torch.tensor(sample.prompt_ids + sample.response_ids)
             mask_BL[row, start:end] = True
             logprobs_BL[row, start:end] = torch.tensor(sample.logprobs)
+            versions_BL[row, start:end] = sample.weight_version
+            for version, first, last in sample.version_spans:
+                versions_BL[row, start + first : start + last] = version
         return RolloutBatch(
             tokens_BL=tokens_BL,
             response_mask_BL=mask_BL,
@@ -158,7 +161,8 @@ class RolloutBatch:
             groups_B=torch.tensor([sample.group for sample in samples]),
             rewards_B=torch.zeros(len(samples)),
             valid_B=torch.ones(len(samples), dtype=torch.bool),
-            weight_version=versions.pop(),
+            versions_BL=versions_BL,
+            truncated_B=torch.tensor([sample.finish_reason is FinishReason.LENGTH for sample in samples]),
         )
 
     def with_verdicts(self, verdicts: Sequence[Verdict]) -> RolloutBatch:

@@ -22,6 +22,7 @@ KEYS = """
 run.dir run.steps run.seed run.checkpoint_every run.async_checkpoint run.checkpoints_kept
 data.train data.heldout
 rollout.engine rollout.prompts rollout.samples_per_prompt rollout.max_new_tokens rollout.temperature
+rollout.refills rollout.over_provision rollout.max_staleness rollout.partial rollout.overlong rollout.overlong_buffer
 rollout.prompts_per_call rollout.servers rollout.urls rollout.min_servers rollout.router rollout.transport
 rollout.bucket_mib rollout.trainer_address rollout.sglang
 policy.model policy.tensor_parallel policy.sequence_parallel policy.pipeline_parallel policy.virtual_pipeline
@@ -94,6 +95,12 @@ def test_the_defaults_are_the_papers_settings():
         ("entropy.recipe=part", "(nearest: par)"),
         ("objective.surrogate=pppo", "(nearest: ppo)"),
         ("policy.precision=fp64", "it is one of fp32, bf16"),
+        ("rollout.over_provision=1.5", "needs servers whose stragglers it can abort; set rollout.engine=sglang"),
+        ("rollout.over_provision=0.5", "rollout.over_provision is 0.5; it has to lie between 1.0 and inf"),
+        ("rollout.partial=true", "rollout.partial=true needs servers"),
+        ("rollout.overlong=penalize", "penalize needs a buffer, such as a fifth of rollout.max_new_tokens"),
+        ("rollout.overlong_buffer=5", "rollout.overlong=keep and rollout.overlong_buffer=5 do not go together"),
+        ("rollout.overlong_buffer=5000", "it has to lie between 0 and 4096"),
         ("rollout.engine=vllm", "it is one of embedded, sglang"),
         ("objective.minibatches=3", "rollout.prompts=256 does not split into objective.minibatches=3"),
         ("rollout.samples_per_prompt=1", "needs at least 2"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron_rlvr.core import Prompt, RLVRError
 
@@ -31,6 +33,7 @@ class PromptSampler:
         self._seed = seed
         self._fingerprint = _fingerprint(prompts)
         self._taken = 0
+        self._returned: list[str] = []
         self._order = self._permutation(0)
 
     @property
@@ -39,11 +42,15 @@ class PromptSampler:
         return max(self._taken - 1, 0) // len(self._prompts)
 
     def take(self, count: int) -> list[Prompt]:
-        """The next ``count`` prompts. Where they cross an epoch's end, a prompt may occur on both sides of it."""
+        """The next ``count`` prompts, first those that were given back.
+
+        Where they cross an epoch's end, a prompt may occur on both sides of it.
+        """
         if count < 0:
             raise ValueError(f"cannot take {count} prompts")
-        taken = []
-        for _ in range(count):
+        again, self._returned = self._returned[:count], self._returned[count:]
+        taken = [self._by_id[prompt_id] for prompt_id in again]
+        for _ in range(count - len(taken)):
             epoch, offset = divmod(self._taken, len(self._prompts))
             if offset == 0 and epoch > 0:
                 self._order = self._permutation(epoch)
@@ -51,16 +58,25 @@ class PromptSampler:
             self._taken += 1
         return taken
 
-    def state_dict(self) -> dict[str, int | str]:
-        """The position, small and JSON-able: prompts taken so far and what the count refers to."""
+    def give_back(self, prompts: Sequence[Prompt]) -> None:
+        """Have ``prompts``, taken and not used, come first again."""
+        self._returned.extend(prompt.id for prompt in prompts)
+
+    @functools.cached_property
+    def _by_id(self) -> dict[str, Prompt]:
+        return {prompt.id: prompt for prompt in self._prompts}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, small and JSON-able: prompts taken so far, those given back, and what the count refers to."""
         return {
             "taken": self._taken,
+            "returned": list(self._returned),
             "seed": self._seed,
             "size": len(self._prompts),
             "fingerprint": self._fingerprint,
         }
 
-    def load_state_dict(self, state: Mapping[str, int | str]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a position saved by :meth:`state_dict`; the prompts that follow are those that followed then.
 
         Raises:
@@ -84,7 +100,11 @@ class PromptSampler:
         taken = state["taken"]
         if type(taken) is not int or taken < 0:
             raise RLVRError(f"the saved data position has taken {taken!r}, which is no count; use an intact checkpoint")
-        self._taken = taken
+        if not set(state["returned"]) <= self._by_id.keys():
+            raise RLVRError(
+                "the saved data position gives back prompts that there are none of; use an intact checkpoint"
+            )
+        self._taken, self._returned = taken, list(state["returned"])
         self._order = self._permutation(taken // len(self._prompts))
 
     def _permutation(self, epoch: int) -> list[int]:

@@ -14,7 +14,7 @@ The parts compose in one fixed order, because the sign of an advantage has to be
 
 from __future__ import annotations
 
-from megatron_rlvr.objective.advantages import ESTIMATORS, grpo_advantages, whiten
+from megatron_rlvr.objective.advantages import BINARY, ESTIMATORS, grpo_advantages, whiten
 from megatron_rlvr.objective.aggregation import AGGREGATIONS, token_scale
 from megatron_rlvr.objective.compose import BatchStats, actuated, compose, token_batch
 from megatron_rlvr.objective.diagnosis import Cause, Diagnosis, diagnose
@@ -26,6 +26,7 @@ from megatron_rlvr.objective.settings import LossSettings, check_composition
 
 __all__ = [
     "AGGREGATIONS",
+    "BINARY",
     "ESTIMATORS",
     "MISMATCHES",
     "BatchStats",

@@ -14,6 +14,8 @@ import torch
 from megatron_rlvr.core import RLVRError
 from megatron_rlvr.objective.outcomes import Outcomes, check_binary, group, sum_within
 
+# They refuse rewards other than 0 and 1.
+BINARY = frozenset(("pass_at_k", "asym_grpo"))
 EPSILON = 1e-6
 WHITEN_EPSILON = 1e-8
 

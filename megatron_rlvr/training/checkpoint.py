@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_rlvr.core import RolloutBatch, StepMetrics
 from megatron_rlvr.policy.checkpoint import Saving, load_policy
+from megatron_rlvr.training.collection import Collected
 
 if TYPE_CHECKING:
     from megatron_rlvr.training.trainer import Trainer
 
 _RUN_STATE = "run_state.json"
+_AHEAD = "ahead.pt"  # batches that were collected and not trained on
 
 
 class Checkpointer:
@@ -40,12 +44,15 @@ class Checkpointer:
         unfinished = directory.checkpoints / f"unfinished_{trainer.step}"
         if trainer.rank == 0:
             unfinished = directory.start_checkpoint(trainer.step)
+            position, finished = trainer.collector.state_dict()
+            torch.save([asdict(batch) for batch in finished], unfinished / _AHEAD)
             state = {
                 "step": trainer.step,
                 "control": trainer.control.state_dict(),
                 "attribution": trainer.attribution.state_dict(),
                 "policy_entropy": trainer.policy_entropy,
-                "sampler": trainer.sampler.state_dict(),
+                "prompts": position,
+                "ahead": len(finished),
             }
             (unfinished / _RUN_STATE).write_text(json.dumps(state))
         dist.barrier()
@@ -94,5 +101,13 @@ def resume(trainer: Trainer) -> tuple[int, str | None]:
     trainer.control.load_state_dict(state["control"])
     trainer.attribution.load_state_dict(state["attribution"])
     trainer.policy_entropy = state["policy_entropy"]
-    trainer.sampler.load_state_dict(state["sampler"])
+    ahead: list[Collected | None] = [None] * state["ahead"]
+    if trainer.rank == 0:
+        ahead = [_collected(saved) for saved in torch.load(directory / _AHEAD, weights_only=True)]
+    trainer.collector.load_state_dict(state["prompts"], ahead)
     return int(state["step"]), relaid
+
+
+def _collected(saved: dict[str, Any]) -> Collected:
+    batch, metrics = RolloutBatch(**saved["batch"]), StepMetrics(**saved["metrics"])
+    return Collected(**saved | {"batch": batch, "metrics": metrics})

@@ -18,6 +18,7 @@ from megatron_rlvr.entropy.attribution import CAUSES
 from megatron_rlvr.entropy.token_masks import KlCov
 from megatron_rlvr.entropy.token_weights import EntropyAdvantage, LogProbAdvantage, LowProbPositives
 from megatron_rlvr.objective import (
+    BINARY,
     ESTIMATORS,
     MISMATCHES,
     LossInputs,
@@ -92,6 +93,11 @@ def compose_run(config: Config, prompts: int) -> Composition:
         fallback_high=entropy.fallback_high,
     )
     name = _agree("objective.advantages", objective.advantages, recipe.advantages, recipe.name) or "grpo"
+    if config.rollout.overlong == "penalize" and name in BINARY:
+        raise RLVRError(
+            f"rollout.overlong=penalize gives rewards between 0 and 1, but the {name} advantages take only right and "
+            "wrong; set it to drop or keep, or change objective.advantages"
+        )
     estimator = partial(ESTIMATORS[name], **_advantage_options(name, objective.advantage_options, recipe))
     settings = _loss_settings(config, recipe)
     check_composition(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_rlvr.config import ObjectiveConfig
-from megatron_rlvr.core import FinishReason, RolloutBatch, Sample, StepMetrics, Verdict
+from megatron_rlvr.config import ObjectiveConfig, RolloutConfig
+from megatron_rlvr.core import FinishReason, RLVRError, RolloutBatch, Sample, StepMetrics, Verdict
 from megatron_rlvr.entropy import Recipe, TokenRule, mean_entropy
 from megatron_rlvr.entropy.signal import sequence_sums
 from megatron_rlvr.entropy.token_masks import masked_nucleus_entropy
@@ -78,8 +78,7 @@ def prepare(
     entropy = mean_entropy(entropy_sum, tokens)
     metrics.add("entropy", entropy_sum, tokens)
     gap_T = (logprobs_BL - batch.rollout_logprobs_BL)[mask_BL].double()
-    # k3 of KL(rollout || trainer), Schulman 2020: zero where both agree, never negative
-    metrics.add("rollout_trainer_kl", float((gap_T.exp() - 1 - gap_T).sum()), tokens)
+    metrics.add("rollout_trainer_kl", _k3(gap_T), tokens)
     metrics.add("rollout_trainer_gap_max", float(gap_T.abs().max()))
     metrics.add("reward_mean", float(batch.rewards_B[batch.valid_B].sum()), int(batch.valid_B.sum()))
     mismatch_BL = None
@@ -97,6 +96,57 @@ def prepare(
     stats = BatchStats(mask_BL, logprobs_BL, entropy_BL, token_pass.nucleus_BL, mismatch_BL, reference_BL)
     signal = _signal(recipe, stats, entropy)
     return PreparedBatch(batch.tokens_BL, batch.groups_B, outcomes, stats, entropy, signal)
+
+
+def handle_overlong(batch: RolloutBatch, rollout: RolloutConfig) -> RolloutBatch:
+    """The batch with ``rollout.overlong`` done to it, after verification.
+
+    ``drop``: the tokens of truncated responses are not trained on and not counted; their reward still counts for the
+    group. ``penalize``: over the last ``overlong_buffer`` tokens of the budget the reward falls linearly by 1.
+
+    Source: DAPO, arXiv:2503.14476, section 3.4 (overlong filtering, and Eq. 13).
+    """
+    if rollout.overlong == "drop":
+        return replace(batch, response_mask_BL=batch.response_mask_BL & ~batch.truncated_B[:, None])
+    if rollout.overlong == "penalize":
+        excess_B = batch.response_mask_BL.sum(1) - (rollout.max_new_tokens - rollout.overlong_buffer)
+        return replace(batch, rewards_B=batch.rewards_B - (excess_B / rollout.overlong_buffer).clamp(0.0, 1.0))
+    return batch
+
+
+def token_ages(batch: RolloutBatch, step: int, max_staleness: int) -> torch.Tensor:
+    """How many versions older than the step's weights those were that made each response token, ``[B, L]``, else 0.
+
+    Raises:
+        RLVRError: If a token is older than ``max_staleness``, or from weights that do not exist yet.
+    """
+    ages_BL = torch.where(batch.response_mask_BL, step - batch.versions_BL, 0)
+    oldest, newest = int(ages_BL.max()), int(ages_BL.min())
+    if oldest > max_staleness or newest < 0:
+        wrong = step - (oldest if oldest > max_staleness else newest)
+        raise RLVRError(
+            f"step {step} got tokens of weight version {wrong}, where {step - max_staleness} to {step} are due "
+            f"(rollout.max_staleness={max_staleness}); an engine serves other weights, restart the run to resync it"
+        )
+    return ages_BL
+
+
+def record_ages(batch: RolloutBatch, ages_BL: torch.Tensor, stats: BatchStats, metrics: StepMetrics) -> None:
+    """Add the mean age of the trained tokens and, where some are stale, KL(rollout || trainer) by age."""
+    ages_T = ages_BL[stats.mask_BL]
+    metrics.add("staleness", float(ages_T.sum()), len(ages_T))
+    if not ages_T.any():
+        return
+    gap_T = (stats.logprob_BL - batch.rollout_logprobs_BL)[stats.mask_BL].double()
+    for age in range(int(ages_T.max()) + 1):
+        gaps = gap_T[ages_T == age]
+        if len(gaps):
+            metrics.add(f"rollout_trainer_kl/age_{age}", _k3(gaps), len(gaps))
+
+
+def _k3(gap_T: torch.Tensor) -> float:
+    """Sum of k3 of KL(rollout || trainer), Schulman 2020: zero where both agree, never negative."""
+    return float((gap_T.exp() - 1 - gap_T).sum())
 
 
 def _signal(recipe: Recipe, stats: BatchStats, entropy: float) -> float | None:

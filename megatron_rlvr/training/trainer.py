@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -17,16 +18,26 @@ from megatron_rlvr.config import Config, ConfigError
 from megatron_rlvr.core import Prompt, RLVRError, RolloutBatch, Sample, SamplingParams, StepMetrics, Verdict
 from megatron_rlvr.data import PromptSampler, open_prompts
 from megatron_rlvr.entropy import Actuation, Attribution
-from megatron_rlvr.objective import diagnose
+from megatron_rlvr.objective import Cause, diagnose
 from megatron_rlvr.policy import parallel
 from megatron_rlvr.policy.hf_export import export_hf
 from megatron_rlvr.policy.policy import Policy
 from megatron_rlvr.report import RunRecorder
-from megatron_rlvr.rollout import Engine, derive_seed, load_tokenizer, pad_id
+from megatron_rlvr.rollout import derive_seed, load_tokenizer, pad_id
 from megatron_rlvr.training import checkpoint
+from megatron_rlvr.training.collection import Collector
 from megatron_rlvr.training.composition import compose_run
-from megatron_rlvr.training.engines import EmbeddedRollouts, FleetRollouts, Rollouts, open_fleet
-from megatron_rlvr.training.phases import PreparedBatch, evaluate, minibatches, prepare, record_samples, weigh
+from megatron_rlvr.training.engines import EmbeddedRollouts, FleetRollouts, Rollouts, open_fleet, raise_first
+from megatron_rlvr.training.phases import (
+    PreparedBatch,
+    evaluate,
+    handle_overlong,
+    minibatches,
+    prepare,
+    record_ages,
+    token_ages,
+    weigh,
+)
 from megatron_rlvr.training.run_directory import RunDirectory
 from megatron_rlvr.verify import VerifierClient, local_service
 
@@ -34,6 +45,9 @@ T = TypeVar("T")
 
 # Streams of random numbers, one per use; a step's seed is derived from (run.seed, stream, step).
 _ROLLOUT, _MINIBATCHES, _EVALUATION, _TOKEN_RULE = range(4)
+
+# Other ranks may wait for rank 0 as long as the longest rollout takes; if it dies, the launcher ends them.
+_PATIENCE = timedelta(days=1)
 
 
 class Trainer:
@@ -64,7 +78,7 @@ class Trainer:
         self._resources.callback(parallel.shutdown)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         # Python objects travel over gloo, beside NCCL where that carries the tensors.
-        self.object_group = dist.new_group(backend="gloo")
+        self.object_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self.on_rank_0(lambda: self.directory.open(config))
         tokenizer = load_tokenizer(policy.model)
         chat_template = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
@@ -74,8 +88,6 @@ class Trainer:
             if config.data.heldout
             else []
         )
-        self.pad_id = pad_id(tokenizer)
-        self.sampler = PromptSampler(prompts, run.seed)
         self.composition = compose_run(config, len(prompts))
         self.control = self.composition.recipe.control
         self.attribution = Attribution()
@@ -86,7 +98,16 @@ class Trainer:
             total_steps=run.steps,
             keep_reference=config.objective.kl > 0.0,
         )
-        self.engine = self._open_engine(tokenizer)
+        self.rollouts = self._open_rollouts(tokenizer)
+        self.collector = Collector(
+            config,
+            self.rollouts,
+            PromptSampler(prompts, run.seed),
+            judge=self._judge,
+            on_rank_0=self.on_rank_0,
+            seed=lambda step: derive_seed(run.seed, _ROLLOUT, step),
+            pad_id=pad_id(tokenizer),
+        )
         self.step, relaid = checkpoint.resume(self)
         self._checkpointer = checkpoint.Checkpointer(self)
         self.on_rank_0(lambda: self._open_services(relaid))
@@ -126,42 +147,32 @@ class Trainer:
                 self._checkpointer.save(wait=last or not self.config.run.async_checkpoint)
         export_hf(self.policy, self.directory.model)
 
-    def _open_engine(self, tokenizer: PreTrainedTokenizerBase) -> Rollouts:
+    def _open_rollouts(self, tokenizer: PreTrainedTokenizerBase) -> Rollouts:
         if self.config.rollout.engine == "embedded":
-            return EmbeddedRollouts(self.config, tokenizer, rank=self.rank, ranks=self.ranks)
-        fleets: list[Engine] = []
-        self.on_rank_0(
-            lambda: fleets.append(
-                self._resources.enter_context(open_fleet(self.config, tokenizer))
-            )  # no result to send
-        )
-        return FleetRollouts(fleets[0] if fleets else None)
+            return EmbeddedRollouts(self.config, tokenizer, self.object_group, self.on_rank_0)
+        fleets: list[Any] = []
+        # no result that could be sent
+        self.on_rank_0(lambda: fleets.append(self._resources.enter_context(open_fleet(self.config, tokenizer))))
+        rollouts = FleetRollouts(fleets[0] if fleets else None, self.on_rank_0)
+        self._resources.callback(rollouts.close)
+        return rollouts
 
     def _resync(self, version: int) -> None:
-        """Bring the engines to the policy's weights; what fails on rank 0 ends the run on every rank."""
-        self._raise_on_all(self.engine.resync(self.policy.named_tensors(), version))
-
-    def _raise_on_all(self, failure: RLVRError | None) -> None:
-        """Raise rank 0's ``failure`` on every rank."""
-
-        def report() -> None:
-            if failure is not None:
-                raise failure
-
-        self.on_rank_0(report)
+        """Bring the engines to the policy's weights."""
+        self.rollouts.resync(self.policy.named_tensors(), version)
 
     def _train_step(self) -> None:
-        metrics, local, seconds = StepMetrics(), StepMetrics(), dict[str, float]()
+        metrics, seconds = StepMetrics(), dict[str, float]()
         started = time.perf_counter()
-        rollout = self.config.rollout
-        prompts = self.sampler.take(rollout.prompts)
-        self.policy.temperature = self.control.next_temperature(rollout.temperature)
-        with _timed(seconds, "rollout"):
-            samples = self._rollout(prompts, rollout.samples_per_prompt, self._seed(_ROLLOUT), self.policy.temperature)
-        with _timed(seconds, "verify"):
-            batch = self._verify(prompts, samples, local)
+        with _timed(seconds, "wait"):
+            collected = self.collector.take(self.step, self.control.next_temperature(self.config.rollout.temperature))
+        self.policy.temperature = collected.temperature
+        assert collected.batch is not None
+        batch = handle_overlong(collected.batch, self.config.rollout)
+        ages_BL = token_ages(batch, self.step, self.config.rollout.max_staleness)
         with _timed(seconds, "prepare"):
             prepared = self._prepare(batch, metrics)
+        record_ages(batch, ages_BL, prepared.stats, metrics)
         steered_by = self.policy_entropy if self.control.signal == "policy" else prepared.signal
         learning_rate, actuation = self.policy.learning_rate, self.control.decide(steered_by)
         change = self.attribution.observe(prepared.entropy)
@@ -178,19 +189,19 @@ class Trainer:
             self._recorder.record_step(
                 {
                     "step": self.step,
-                    "epoch": self.sampler.epoch,
+                    "epoch": collected.epoch,
                     **self._controlled(actuation),
                     "learning_rate": learning_rate,
                     **means,
                     **change,
                     **shares,
-                    **local.means(),
-                    "tokens_per_s": local.sums["response_tokens"] / total,
-                    **{f"seconds/{phase}": value for phase, value in seconds.items()},
+                    **collected.metrics.means(),
+                    "tokens_per_s": collected.metrics.sums["response_tokens"] / total,
+                    **{f"seconds/{phase}": value for phase, value in (collected.seconds | seconds).items()},
                     "seconds/total": total,
                 }
             )
-            self._note(prepared, batch, means)
+            self._note(prepared, batch, ages_BL, means)
         self.step += 1
 
     def _prepare(self, batch: RolloutBatch, metrics: StepMetrics) -> PreparedBatch:
@@ -224,61 +235,32 @@ class Trainer:
             "saturated_high": self.control.saturated_high,
         }
 
-    def _note(self, prepared: PreparedBatch, batch: RolloutBatch, means: dict[str, float]) -> None:
+    def _note(
+        self, prepared: PreparedBatch, batch: RolloutBatch, ages_BL: torch.Tensor, means: dict[str, float]
+    ) -> None:
         """Say in words what a user should look at: a controller that can do no more, an engine that disagrees."""
         self._recorder.note(self.step, "entropy control", self.control.alarm)
         # the rounding of log-probs themselves, of which fp32 has little and bf16 much
         eps = torch.finfo(torch.float32 if self.config.policy.precision == "fp32" else torch.bfloat16).eps
         finding: str | None = None
         if means["rollout_trainer_gap_max"] > (tolerance := max(1e-3, 32 * eps)):
-            mask_BL, stats = prepared.stats.mask_BL, prepared.stats
+            stats = prepared.stats
+            mask_BL = stats.mask_BL & (ages_BL == 0)  # older tokens differ because the policy has moved on
             diagnosis = diagnose(
                 stats.logprob_BL[mask_BL],
                 batch.rollout_logprobs_BL[mask_BL],
                 stats.entropy_BL[mask_BL],
-                versions={batch.weight_version},
+                versions=set(batch.versions_BL[mask_BL].tolist()),
                 expected_version=self.step,
                 eps=eps,
                 tolerance=tolerance,
             )
-            finding = f"{diagnosis.cause}: {diagnosis.sentence}"
+            if diagnosis.cause is not Cause.NONE:
+                finding = f"{diagnosis.cause}: {diagnosis.sentence}"
         self._recorder.note(self.step, "engine and trainer disagree", finding)
-
-    def _rollout(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, seed: int, temperature: float
-    ) -> list[Sample]:
-        """All samples on rank 0, in prompt order; an empty list elsewhere."""
-        budget = self.config.rollout.max_new_tokens
-        sampling = SamplingParams(temperature, budget, samples_per_prompt, seed)
-        share: list[Sample] | RLVRError
-        try:
-            share = self.engine.generate([prompt.text for prompt in prompts], sampling)
-        except RLVRError as error:  # as an answer, so that no rank waits for one that never comes
-            share = error
-        gathered: list[Any] = [None] * self.ranks
-        dist.gather_object(share, gathered if self.rank == 0 else None, group=self.object_group)
-        self._raise_on_all(next((part for part in gathered if isinstance(part, RLVRError)), None))
-        # sorted() is stable: samples of one prompt, which one rank drew, keep their order
-        return sorted((sample for part in gathered for sample in part or []), key=lambda sample: sample.group)
 
     def _judge(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> list[Verdict]:
         return self._verifier.verify([(prompts[sample.group], sample.text) for sample in samples])
-
-    def _verify(self, prompts: Sequence[Prompt], samples: Sequence[Sample], metrics: StepMetrics) -> RolloutBatch:
-        """The verified batch, on every rank."""
-
-        def judged() -> RolloutBatch:
-            verdicts = self._judge(prompts, samples)
-            record_samples(samples, verdicts, metrics)
-            return RolloutBatch.from_samples(samples, self.pad_id).with_verdicts(verdicts)
-
-        batch = self.on_rank_0(judged)
-        if batch.weight_version != self.step:
-            raise RLVRError(
-                f"step {self.step} got samples of weight version {batch.weight_version}; an engine serves stale "
-                "weights, restart the run to resync it"
-            )
-        return batch
 
     def _update(self, prepared: PreparedBatch, actuation: Actuation, metrics: StepMetrics) -> None:
         composition, objective = self.composition, self.config.objective
@@ -301,8 +283,16 @@ class Trainer:
         """Accuracy on the held-out prompts, drawn with the same random numbers every time."""
         if not self.heldout:
             return
+        rollout, evaluation = self.config.rollout, self.config.evaluation
         seed = derive_seed(self.config.run.seed, _EVALUATION)
-        samples = self._rollout(self.heldout, self.config.evaluation.samples, seed, self.config.rollout.temperature)
+        sampling = SamplingParams(rollout.temperature, rollout.max_new_tokens, evaluation.samples, seed)
+        samples: list[Sample] = []
+        failures: list[RLVRError] = []
+        try:
+            samples = self.rollouts.draw(self.heldout, sampling)
+        except RLVRError as error:  # perhaps on rank 0 alone
+            failures.append(error)
+        self.on_rank_0(partial(raise_first, failures))
 
         def record() -> None:
             result = evaluate(samples, self._judge(self.heldout, samples))

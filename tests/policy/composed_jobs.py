@@ -44,7 +44,8 @@ def composed(settings: dict[str, Any], batch: dict[str, torch.Tensor], overrides
             groups_B=batch["groups_B"],
             rewards_B=batch["rewards_B"],
             valid_B=batch["valid_B"],
-            weight_version=0,
+            versions_BL=torch.zeros_like(batch["tokens_BL"], dtype=torch.int32),
+            truncated_B=torch.zeros_like(batch["valid_B"]),
         )
         reference = (rollout.tokens_BL, rollout.response_mask_BL)
         prepared = prepare(

@@ -242,11 +242,12 @@ def resync(policy: dict[str, Any], batch_file: str, prompts: list[str]) -> list[
     engine = EmbeddedEngine(policy["model"], tokenizer, parallel.device())
     sampling = SamplingParams(temperature=TEMPERATURE, max_new_tokens=10, samples_per_prompt=4, seed=3)
     reports = []
-    for version, rows in enumerate(update_rows(batch_file)):
-        engine.resync(trained.named_tensors(), version)
+    for number, rows in enumerate(update_rows(batch_file)):
+        engine.resync(trained.named_tensors(), number)
         batch = RolloutBatch.from_samples(engine.generate(prompts, sampling), pad_id(tokenizer))
         logprobs_BL = trained.log_probs(batch.tokens_BL, batch.response_mask_BL).logprobs_BL
-        reports.append({"version": batch.weight_version, "engine": batch.rollout_logprobs_BL, "trainer": logprobs_BL})
+        version = int(batch.versions_BL.max())
+        reports.append({"version": version, "engine": batch.rollout_logprobs_BL, "trainer": logprobs_BL})
         trained.update(rows, with_loss(0.5), StepMetrics())
     return reports
 

@@ -107,6 +107,10 @@ def test_whitening_is_over_tokens_and_before_the_sign():
         (["entropy.recipe=kl_cov", "objective.surrogate=cispo"], "KL-Cov"),
         (["entropy.recipe=kl_cov", "objective.minibatches=1"], "KL-Cov"),
         (["objective.advantages=pass_at_k"], "objective.advantage_options.k"),
+        (
+            ["rollout.overlong=penalize", "rollout.overlong_buffer=9", "entropy.recipe=asym_grpo"],
+            "the asym_grpo advantages take only right and wrong",
+        ),
         (["objective.advantage_options.k=3"], "objective.advantage_options.k is no option; there are none here"),
         (["objective.mismatch_options.high=3"], "objective.mismatch_options.high is no option"),
         (["objective.mismatch=tis", "objective.mismatch_options.hi=3"], "known here: level, mode, low, high, veto"),

@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rlvr.config import ObjectiveConfig
+from megatron_rlvr.config import ObjectiveConfig, RolloutConfig
 from megatron_rlvr.core import FinishReason, RLVRError, RolloutBatch, Sample, StepMetrics, Verdict
 from megatron_rlvr.policy import cpu_runtime
 
@@ -12,7 +14,16 @@ cpu_runtime.install()
 from megatron_rlvr.entropy import RunPlan, build_recipe  # noqa: E402
 from megatron_rlvr.objective import grpo_advantages  # noqa: E402
 from megatron_rlvr.policy.policy import TokenPass  # noqa: E402
-from megatron_rlvr.training.phases import evaluate, minibatches, prepare, record_samples, weigh  # noqa: E402
+from megatron_rlvr.training.phases import (  # noqa: E402
+    evaluate,
+    handle_overlong,
+    minibatches,
+    prepare,
+    record_ages,
+    record_samples,
+    token_ages,
+    weigh,
+)
 
 PAR = build_recipe("par", RunPlan(total_steps=10, steps_per_epoch=5))
 
@@ -45,7 +56,6 @@ def test_rows_are_padded_and_masked():
         ([], "no samples"),
         ([sample(response=())], "0 response tokens"),
         ([sample(prompt=())], "0 prompt tokens"),
-        ([sample(version=1), sample(version=2)], r"mixes weight versions \[1, 2\]"),
     ],
 )
 def test_unusable_samples_are_refused(samples, said):
@@ -162,3 +172,57 @@ def test_step_metrics_do_not_depend_on_the_grouping(parts, cut):
     for half in (parts[:cut], parts[cut:]):
         left.add("x", sum(total for total, _ in half), sum(count for _, count in half))
     assert left.means() == pytest.approx(whole.means())
+
+
+def test_truncated_responses_are_left_out_or_penalised_as_dapo_does():
+    """Budget 10, buffer 4: lengths 6 and 8 lose 0 and 1/2; the truncated one, of 10, loses 1."""
+    samples = [sample(0, (5,) * 6), sample(0, (5,) * 8), sample(0, (5,) * 10, reason=FinishReason.LENGTH)]
+    batch = RolloutBatch.from_samples(samples, 0).with_verdicts(
+        [Verdict.ACCEPTED, Verdict.ACCEPTED, Verdict.TIME_LIMIT]
+    )
+    assert handle_overlong(batch, RolloutConfig(max_new_tokens=10)) is batch
+    penalized = handle_overlong(batch, RolloutConfig(max_new_tokens=10, overlong="penalize", overlong_buffer=4))
+    assert penalized.rewards_B.tolist() == [1.0, 0.5, -1.0]
+    assert penalized.response_mask_BL.equal(batch.response_mask_BL)
+    dropped = handle_overlong(batch, RolloutConfig(max_new_tokens=10, overlong="drop"))
+    assert dropped.rewards_B.equal(batch.rewards_B)
+    metrics, flat = StepMetrics(), torch.full(batch.tokens_BL.shape, -0.5)
+    prepared = prepare(dropped, TokenPass(flat, -flat), metrics, recipe=PAR)
+    rows = weighed(prepared, metrics)
+    assert rows.mask_BL.sum(1).tolist() == [6, 8, 0]
+    # the dropped response's reward still counts for the others: (1, 1, 0) has mean 2/3 and deviation 3 ** -0.5
+    assert rows.given["advantages"][0, 2].item() == pytest.approx(1 / 3 * 3**0.5, abs=1e-5)
+
+
+def test_ages_by_hand():
+    """Step 5; a response that began under version 3 and went on under 5, and one of version 4."""
+    mixed = sample(0, (5, 6, 7), version=3)
+    mixed.version_spans = [(3, 0, 1), (5, 1, 3)]
+    batch = RolloutBatch.from_samples([mixed, sample(0, (5, 6), version=4)], 0)
+    ages_BL = token_ages(batch, 5, 2)
+    assert ages_BL.tolist() == [[0, 0, 2, 0, 0], [0, 0, 1, 1, 0]]
+    batch = batch.with_verdicts([Verdict.ACCEPTED, Verdict.WRONG_ANSWER])
+    metrics, logprobs_BL = StepMetrics(), torch.full(ages_BL.shape, -0.5) - 0.1 * ages_BL
+    prepared = prepare(batch, TokenPass(logprobs_BL, torch.zeros(ages_BL.shape)), StepMetrics(), recipe=PAR)
+    record_ages(batch, ages_BL, prepared.stats, metrics)
+    means = metrics.means()
+    assert means["staleness"] == pytest.approx(4 / 5)
+    for age, gap in ((0, 0.0), (1, -0.1), (2, -0.2)):
+        assert means[f"rollout_trainer_kl/age_{age}"] == pytest.approx(math.exp(gap) - 1 - gap, abs=1e-6)
+
+
+def test_fresh_rows_have_no_ages_to_compare():
+    batch = RolloutBatch.from_samples([sample(version=4)], 0).with_verdicts([Verdict.ACCEPTED])
+    zeros, metrics = torch.zeros(batch.tokens_BL.shape), StepMetrics()
+    prepared = prepare(batch, TokenPass(zeros, zeros), StepMetrics(), recipe=PAR)
+    record_ages(batch, token_ages(batch, 4, 0), prepared.stats, metrics)
+    assert metrics.means() == {"staleness": 0.0}
+
+
+@pytest.mark.parametrize(("version", "step", "bound"), [(3, 5, 1), (6, 5, 1), (4, 5, 0)])
+def test_tokens_of_other_weights_than_the_bound_allows_are_refused(version, step, bound):
+    batch = RolloutBatch.from_samples([sample(version=5), sample(version=version)], 0)
+    with pytest.raises(
+        RLVRError, match=f"step {step} got tokens of weight version {version}, where {step - bound} to 5"
+    ):
+        token_ages(batch, step, bound)

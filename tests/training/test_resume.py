@@ -24,6 +24,8 @@ TINY = (
     # a controller with every kind of state: a signal of the last step, smoothed, a target of the first, a fallback
     *("entropy.signal=policy", "entropy.ema=0.5", "entropy.target=150%", "entropy.fallback_after=1"),
     *("entropy.recipe=par_pi", "entropy.options.deadband=0.001"),
+    # a batch that waits to be trained on, and prompts that its refill took
+    *("rollout.max_staleness=1", "rollout.refills=1", "objective.mismatch=tis"),
 )
 LAYOUTS = {
     "tp2": ("policy.tensor_parallel=2",),
@@ -101,8 +103,13 @@ def results(run):
         f"{path.parent.name}/{name}": digest
         for path in run.glob("checkpoints/*/manifest.json")
         for name, digest in json.loads(path.read_text()).items()
-        if name not in ("policy/.metadata", "policy/common.pt")
+        if name not in ("policy/.metadata", "policy/common.pt", "ahead.pt")
     }
+    for path in run.glob("checkpoints/*/ahead.pt"):  # it says how long each batch took
+        batches = [(saved["batch"], saved["metrics"], saved["position"]) for saved in torch.load(path)]
+        files[str(path.relative_to(run))] = [
+            ({name: rows.tolist() for name, rows in batch.items()}, *rest) for batch, *rest in batches
+        ]
     # Two pickles: torch's index of the other files, with a random name for the save, and what all ranks have in common.
     files |= {str(path.relative_to(run)): repr(torch.load(path)) for path in run.glob("checkpoints/*/policy/common.pt")}
     return metrics, evaluations, files, load_file(run / "model" / "model.safetensors")
@@ -158,6 +165,7 @@ def test_the_comparison_is_worth_something(uninterrupted):
     weights = [name for name in files if name.startswith("step_5/policy/__")]
     assert len(weights) >= 2
     assert all(files[name] != files[name.replace("step_5", "step_4")] for name in weights)
+    assert [len(files[f"checkpoints/step_{step}/ahead.pt"]) for step in (4, 5)] == [1, 0]
     assert {"step_4/rng_0.pt", "step_4/rng_1.pt", "step_5/run_state.json", "checkpoints/step_5/policy/common.pt"} < set(
         files
     )
