@@ -323,6 +323,8 @@ def build_recipe(
         nearest = difflib.get_close_matches(name, _SPECS, n=1, cutoff=0.0)[0]
         raise RLVRError(f"entropy.recipe {name!r} is unknown; use {nearest!r} or another of {', '.join(_SPECS)}")
     spec = _SPECS[name]
+    if name == "none":
+        target = ""  # by this name alone a run becomes its own baseline
     if target and not spec.target:
         raise RLVRError(f"entropy.target is {target!r} but recipe {name} has no target; leave it empty or use par")
     goal = Target.parse(target or spec.target or "0", plan.total_steps)

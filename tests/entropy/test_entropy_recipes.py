@@ -114,7 +114,7 @@ def test_the_table_of_the_page_has_it(name):
     ("name", "settings", "said"),
     [
         ("parr", {}, "'parr' is unknown; use 'par'"),
-        ("none", {"target": "0.3"}, "entropy.target is '0.3' but recipe none has no target"),
+        ("fixed", {"target": "0.3"}, "entropy.target is '0.3' but recipe fixed has no target"),
         ("par", {"target": "lots"}, "entropy.target is 'lots'"),
         ("par", {"options": {"stepp": 0.1}}, "entropy.options.stepp is no option of recipe par; its options are step"),
         ("nsr", {"options": {"step": 0.1}}, "entropy.options.step is no option of recipe nsr; it has none"),
