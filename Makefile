@@ -70,7 +70,7 @@ lint: $(VENV)/installed
 	@$(BIN)/mypy
 	@cd sandbox && ../$(BIN)/mypy --strict rlvr_sandbox
 
-test: lint $(VENV)/megatron-core-0.19.2 $(VENV)/triton
+test: lint $(VENV)/megatron-core-0.19.2 $(VENV)/triton $(SGLANG)/installed
 	@MEGATRON_CORE_OTHER=$(VENV)/megatron-core-0.19.2 TRITON_OTHER=$(VENV)/triton $(BIN)/python -m pytest
 
 clean:

@@ -20,6 +20,8 @@ _MANIFEST = "manifest.json"
 _FREE = (
     *("run.dir", "run.checkpoint_every", "run.async_checkpoint", "run.checkpoints_kept"),
     *("verify.url", "verify.deadline_s", "verify.max_infra_error_share"),
+    *(f"rollout.{name}" for name in ("servers", "urls", "min_servers", "router", "transport", "bucket_mib")),
+    *("rollout.trainer_address", "rollout.sglang"),
     *(f"policy.{name}" for name in LAYOUT),
 )
 # The same of policy.megatron: Megatron-Core's ways to save memory and to overlap communication with computation.

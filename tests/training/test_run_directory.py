@@ -48,6 +48,13 @@ def test_another_layout_continues_a_run(config, directory):
             directory.open(change(config, "policy", megatron=options | fixed))
 
 
+def test_other_servers_continue_a_run(config, directory):
+    moved = {"urls": "http://b:1", "servers": 3, "transport": "disk", "trainer_address": "b", "sglang": {"tp_size": 2}}
+    directory.open(change(config, "rollout", **moved))
+    with pytest.raises(ConfigError, match=r"other settings \(rollout\.max_staleness\)"):
+        directory.open(change(config, "rollout", **moved, max_staleness=1))
+
+
 def test_other_settings_are_refused_and_named(config, directory):
     before = directory.config_file.read_text()
     with pytest.raises(
