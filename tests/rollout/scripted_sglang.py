@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -59,6 +60,93 @@ class ScriptedServer:
         return {"text": "", "output_ids": [4, 5], "meta_info": usual | meta}
 
 
+_serial = itertools.count(1)
+
+
+class HoldingServer(ScriptedServer):
+    """Keeps the samples of prompts that it ``holds`` until they are aborted or released, as SGLang 0.5.23 does.
+
+    A request is answered once all of its samples have ended, an abort strikes every running id that begins with the
+    one it names if that one is known, and no two samples have the same log-probs.
+    """
+
+    def __init__(self, holds: Callable[[list[int]], bool] = lambda prompt: True) -> None:
+        super().__init__()
+        self.holds = holds
+        self.changed = threading.Condition()
+        self.running: dict[str, str] = {}  # how each sample ended; empty while it has not
+        self.aborted: list[str] = []
+        self.missed: list[str] = []  # aborts of what the server does not know, or does not run because it is paused
+        self.paused = ""
+        self.resets = False  # whether a pause drops the connections of what runs
+
+    def await_running(self, count: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.running) == count, 10.0), self.running
+
+    def release(self) -> None:
+        """Finish all, and whatever comes later at once."""
+        self.holds = lambda prompt: False
+        self.paused = ""
+        self._end("", "length")
+
+    def answer(self, path: str, body: Any) -> tuple[int, Any]:
+        if path in self.scripts:
+            return super().answer(path, body)
+        match path:
+            case "/generate":
+                self.seen.append((path, body))
+                return self._generate(body)
+            case "/abort_request":
+                rid = body["rid"]
+                known = rid in self.running and not self.paused
+                (self.aborted if known else self.missed).append(rid)
+                if known:
+                    self._end(rid, "abort")
+            case "/pause_generation":
+                self.paused = body["mode"]
+                if self.paused == "abort":
+                    self._end("", "reset" if self.resets else "abort")
+            case "/continue_generation":
+                self.paused = ""
+                self._end("\0", "")
+            case "/update_weight_version":
+                self.version = body["new_version"]
+        return super().answer(path, body)
+
+    def _end(self, prefix: str, how: str) -> None:
+        with self.changed:
+            for rid, ended in self.running.items():
+                if rid.startswith(prefix) and not ended:
+                    self.running[rid] = how
+            self.changed.notify_all()
+
+    def _generate(self, body: Any) -> tuple[int, Any]:
+        many = isinstance(body["sampling_params"], list)
+        count = len(body["sampling_params"]) if many else 1
+        rids = [f"{body['rid']}_{copy}" for copy in range(count)] if many else [body["rid"]]
+        prompt = body["input_ids"][0] if many else body["input_ids"]
+        with self.changed:
+            assert not self.running.keys() & set(rids)
+            self.changed.wait_for(lambda: not self.paused)
+            self.running |= dict.fromkeys(rids, "" if self.holds(prompt) else "length")
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: all(self.running[rid] for rid in rids))
+            ends = [self.running.pop(rid) for rid in rids]
+            self.changed.notify_all()
+        if "reset" in ends:
+            raise DropConnection
+        return 200, [self._sample(end) for end in ends]
+
+    def _sample(self, end: str) -> dict[str, Any]:
+        entries = [[-1e-6 * next(_serial), token, None] for token in (4, 5)]
+        return self.sample(finish_reason={"type": end, "length": 2}, output_token_logprobs=entries)
+
+
+class _Listener(ThreadingHTTPServer):
+    request_queue_size = 128  # with the usual 5, some of many connections at once wait a second
+
+
 @contextmanager
 def serve(server: ScriptedServer) -> Iterator[ScriptedServer]:
     class Handler(BaseHTTPRequestHandler):
@@ -83,7 +171,7 @@ def serve(server: ScriptedServer) -> Iterator[ScriptedServer]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http = _Listener(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
     http.handle_error = lambda *args: None  # type: ignore[method-assign]  # the dropped connections
     server.url = f"http://127.0.0.1:{http.server_port}"

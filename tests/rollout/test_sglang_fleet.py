@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from scripted_sglang import DropConnection, ScriptedServer, serve
+from scripted_sglang import DropConnection, HoldingServer, ScriptedServer, serve
 from sglang_server import BASE, disk_sync, installation, scratch, shared_server
 
 from megatron_rlvr.core import RLVRError, SamplingParams
@@ -20,6 +23,7 @@ from megatron_rlvr.rollout.sglang.client import SGLangClient, SGLangError
 from megatron_rlvr.rollout.sglang.fleet import EngineState, FleetEngine, SGLangFleet
 from megatron_rlvr.rollout.sglang.launch import FleetSettings, sglang_fleet
 from megatron_rlvr.rollout.sglang.router import RouterClient, sglang_router
+from megatron_rlvr.rollout.sglang.server import Launched
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=2, samples_per_prompt=3, seed=17)
 PROMPTS = ["259:07;", "4", "48:", "7", "99:"]
@@ -191,3 +195,105 @@ def test_attached_and_behind_a_router() -> None:
         finally:
             router.close()
             front.close()
+
+
+class SlowRouter(RouterClient):
+    """Sends everything to its first server, and for a while after it was told to let that go."""
+
+    def __init__(self, *servers: ScriptedServer) -> None:
+        super().__init__("http://127.0.0.1:1")
+        self.to = [SGLangClient(server.url, timeout_s=0.5) for server in servers]
+
+    def add(self, url: str) -> None:
+        pass
+
+    def remove(self, url: str) -> None:
+        time.sleep(0.5)
+        self.to = [client for client in self.to if client.url != url]
+
+    def generate(self, payload: dict[str, Any], *others: Any, **named: Any) -> list[dict[str, Any]]:
+        return self.to[0].generate(payload)
+
+
+def test_nobody_sends_again_before_the_router_has_let_a_dead_server_go(
+    pair: tuple[ScriptedServer, ScriptedServer],
+) -> None:
+    dead, good = pair
+    dead.scripts |= {"/generate": drop, "/health_generate": drop}
+    engines = [FleetEngine(client) for client in SlowRouter(*pair).to]
+    fleet = SGLangFleet(BASE, load_tokenizer(BASE), engines, lambda *_: None, router=SlowRouter(*pair))
+    fleet.resync([], version=5)
+    assert len(fleet.generate(PROMPTS, SAMPLING)) == 15
+    assert len(dead.calls("/generate")) <= 15
+    assert len(good.calls("/generate")) == 15
+
+
+def test_two_servers_behind_the_real_router() -> None:
+    with ExitStack() as stack:
+        servers = [stack.enter_context(serve(HoldingServer(lambda prompt: False))) for _ in range(2)]
+        front = sglang_router(installation().python, scratch() / "router_of_two.log")
+        stack.callback(front.close)
+        router = RouterClient(front.url)
+        stack.callback(router.close)
+        front.start()
+        front.wait_ready(router, time.monotonic() + 60.0)
+        engines = [FleetEngine(SGLangClient(server.url, timeout_s=2.0)) for server in servers]
+        fleet = SGLangFleet(BASE, load_tokenizer(BASE), engines, lambda *_: None, router=router)
+        fleet.resync([], version=5)
+        fallen, good = servers
+        serial: set[float] = set()
+
+        def sent(wanted: int | None = None) -> tuple[int, int]:
+            """How many requests each of the two gets for ten prompts, once all samples have come."""
+            before = [len(server.calls("/generate")) for server in servers]
+            samples = fleet.generate(PROMPTS * 2, SAMPLING, wanted)
+            assert len(samples) == 3 * (wanted or 10)
+            serial.update(new := {sample.logprobs[0] for sample in samples})
+            assert len(new) == len(samples)
+            after = [len(server.calls("/generate")) for server in servers]
+            return after[0] - before[0], after[1] - before[1]
+
+        assert sent() == (15, 15)
+        fleet.deregister(engines[0], "the test says so")
+        assert sent() == (0, 30)
+        fleet.readmit(engines[0])
+        assert sent() == (15, 15)
+
+        held = load_tokenizer(BASE).encode(PROMPTS[0])
+        for server in servers:
+            server.holds = lambda prompt: prompt == held
+        sent(wanted=8)
+        assert len({rid for server in servers for rid in server.aborted}) == 6
+        for server in servers:
+            server.await_running(0)
+            server.release()
+
+        fallen.scripts |= dict.fromkeys(("/generate", "/health_generate", "/health", "/model_info"), drop)
+        attempts, answered = sent()
+        assert attempts > 0
+        assert answered == 30
+        assert [engine.state for engine in engines] == [EngineState.OUT, EngineState.SERVING]
+        assert list(router.workers()) == [good.url]
+        assert sent() == (0, 30)
+        assert len(serial) == 3 * (10 + 10 + 10 + 8 + 10 + 10)
+
+
+def test_the_log_of_a_server_of_ours_that_died_is_quoted(
+    pair: tuple[ScriptedServer, ScriptedServer], tmp_path: Path
+) -> None:
+    bad, good = pair
+    fleet = fleet_of(bad, good)
+    process = Launched(
+        Path(sys.executable), ["-c", "raise MemoryError('no room for the cache')"], {}, tmp_path / "0.log"
+    )
+    process.start()
+    fleet.engines[0].process = process  # it is still alive, if only to its supervisor
+    bad.scripts |= {"/generate": drop, "/health_generate": drop}
+    assert len(fleet.generate(PROMPTS, SAMPLING)) == 15
+    process.close()
+    assert re.search(
+        r"/health_generate: .*; its log .*/0\.log ends with: .*no room for the cache", fleet.engines[0].why
+    )
+    fleet.deregister(fleet.engines[1], "the test says so")
+    with pytest.raises(RLVRError, match=r"0 of 2 .* MemoryError: no room for the cache; .*: the test says so\)"):
+        fleet.generate(PROMPTS, SAMPLING)

@@ -127,7 +127,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     client = SGLangClient("http://127.0.0.1:1", timeout_s=1.0)
     broken = Launched(Path(sys.executable), ["-c", "import sys; sys.exit('no such model')"], {}, tmp_path / "a.log")
     broken.start()
-    with pytest.raises(RLVRError, match=r"ended \(1\) instead of serving; its log .*a\.log ends with:\nno such model"):
+    with pytest.raises(RLVRError, match=r"ended \(1\) instead of serving; its log .*a\.log ends with: no such model$"):
         broken.wait_ready(client, time.monotonic() + 30.0)
     broken.close()
     mute = Launched(Path(sys.executable), ["-c", "import time; time.sleep(600)"], {}, tmp_path / "b.log")
@@ -136,6 +136,37 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
         mute.wait_ready(client, time.monotonic() + 0.2)
     assert not mute.alive
     mute.close()
+
+
+FAILING = """
+import sys
+print("ValueError: said by an earlier exception", "x" * 90000, sep=chr(10), flush=True)
+if len(sys.argv) > 5:
+    print(chr(27) + "[31mTraceback (most recent call last):" + chr(27) + "[0m")
+    print("  File 'model.py', line 1")
+    print("torch.OutOfMemoryError: no room for " + "y" * 900)
+    print(*(f"clean-up {number}" for number in range(9)), sep=chr(10) * 2)
+sys.exit(3)
+"""
+
+
+def test_the_end_of_a_log_is_short_and_names_the_last_exception(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    server = Launched(Path(sys.executable), ["-c", FAILING, "raise"], {}, log)
+    try:
+        client = SGLangClient(server.url, timeout_s=1.0)
+        server.start()
+        with pytest.raises(RLVRError, match=r"ended \(3\)"):
+            server.wait_ready(client, time.monotonic() + 30.0)
+        told = f"its log {log} ends with: torch.OutOfMemoryError: no room for "
+        lines = " | ".join(f"clean-up {number}" for number in range(4, 9))
+        assert server.log_tail() == f"{told}{'y' * (300 - 36)} | {lines}"
+        server._command = [sys.executable, "-c", "print()"]
+        server.start()
+        with pytest.raises(RLVRError, match=r"ends with: nothing$"):
+            server.wait_ready(client, time.monotonic() + 30.0)
+    finally:
+        server.close()
 
 
 def test_flags_pass_through_and_win(installation: Installation, tmp_path: Path) -> None:
@@ -192,13 +223,21 @@ def test_the_interpreter_is_found_or_missed_in_words(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("version", "outcome"),
-    [("0.5.23", "fine\n"), ("0.5.99", "patches/sglang_cpu is tested with sglang 0.5.23, and sglang is 0.5.99 here")],
+    [
+        ("0.5.17", "fine: waits for no CUDA\n"),
+        ("0.5.20", "fine: waits for no CUDA\n"),
+        ("0.5.23", "fine: waits for CUDA\n"),
+        ("0.5.99", "patches/sglang_cpu is tested with sglang 0.5.17, 0.5.20, 0.5.23, and sglang is 0.5.99 here"),
+    ],
 )
 def test_the_stubs_serve_tested_versions_only(tmp_path: Path, version: str, outcome: str) -> None:
     metadata = tmp_path / f"sglang-{version}.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n")
     program = (
+        "from types import SimpleNamespace\n"
+        "sys.modules['torch'] = torch = SimpleNamespace()\n"
+        "torch.cuda = SimpleNamespace(is_available=lambda: False, synchronize=sys.exit)\n"
         "import sglang_cpu_stubs, triton, json\n"
         "import triton.language as tl\n"
         "from torchvision.transforms import InterpolationMode\n"
@@ -210,7 +249,7 @@ def test_the_stubs_serve_tested_versions_only(tmp_path: Path, version: str, outc
         "    try: launch()\n"
         "    except (TypeError, NotImplementedError): continue\n"
         "    raise SystemExit('a kernel ran')\n"
-        "print('fine')\n"
+        "print('fine: waits for', 'CUDA' if torch.cuda.synchronize is sys.exit else 'no CUDA')\n"
     )
     done = subprocess.run(
         [sys.executable, "-ISc", f"import sys; sys.path[:0] = [{str(PATCHES)!r}, {str(tmp_path)!r}]\n{program}"],

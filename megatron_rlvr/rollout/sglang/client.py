@@ -12,6 +12,7 @@ import httpx
 import torch
 
 from megatron_rlvr.core import RLVRError
+from megatron_rlvr.rollout.sglang.wire import Wire
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
@@ -76,11 +77,9 @@ class SGLangClient:
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
         self._generate_timeout_s = generate_timeout_s
-        self._http = httpx.Client(
-            base_url=self.url,
-            trust_env=False,
-            limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S),
-        )
+        self._http = self._client(httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S))
+        # A generation has a connection of its own, which can be cut.
+        self._generations = self._client(httpx.Limits(max_connections=None, max_keepalive_connections=0))
         self._lock = threading.Lock()
         self._sessions: bool | None = None
         self._tensor_parallel: int | None = None
@@ -89,6 +88,7 @@ class SGLangClient:
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
+        self._generations.close()
 
     # Health and facts
 
@@ -136,17 +136,29 @@ class SGLangClient:
 
     # Generation
 
-    def generate(self, payload: dict[str, Any], timeout_s: float | None = None) -> list[dict[str, Any]]:
+    def generate(
+        self, payload: dict[str, Any], timeout_s: float | None = None, wire: Wire | None = None
+    ) -> list[dict[str, Any]]:
         """Send ``payload`` to ``/generate``; one object per sample, prompt-major, within ``timeout_s`` if given.
 
         Fields: ``text``, ``output_ids`` and ``meta_info`` with ``finish_reason`` and, where ``return_logprob`` was
         asked for, ``output_token_logprobs`` as ``[logprob, id, text]`` (nats, of log_softmax(logits / temperature)).
+        Cutting ``wire`` ends the wait; the server then ends the request within seconds.
         """
-        reply = self._post("/generate", payload, timeout_s or self._generate_timeout_s)
+        sent = self._send("POST", "/generate", payload, timeout_s or self._generate_timeout_s, wire or Wire())
+        reply = _content(self.url, "/generate", sent)
         samples = reply if isinstance(reply, list) else [reply]
         if not all(isinstance(sample, dict) for sample in samples):
             raise SGLangError(self.url, "/generate", 200, f"expected samples, got {str(samples)[:200]}")
         return samples
+
+    def abort(self, rid: str, timeout_s: float | None = None) -> None:
+        """Abort the request with that id, which returns what it has; nothing if the server does not know it.
+
+        A paused server ends only what had begun. Of a request that waits for the pause to end it notes, from 0.5.21 on,
+        that it was told, does nothing, and answers no further abort; hang up on such a one instead.
+        """
+        self._post("/abort_request", {"rid": rid}, timeout_s)
 
     def abort_all(self) -> None:
         """Abort every request; each returns what it has, with finish reason ``abort``."""
@@ -292,6 +304,9 @@ class SGLangClient:
 
     # Transport
 
+    def _client(self, limits: httpx.Limits) -> httpx.Client:
+        return httpx.Client(base_url=self.url, trust_env=False, limits=limits)
+
     def _healthy(self, endpoint: str, timeout_s: float | None = None) -> None:
         _raise_for(self.url, endpoint, self._send("GET", endpoint, None, timeout_s or self._timeout_s))
 
@@ -304,10 +319,15 @@ class SGLangClient:
     def _delete(self, endpoint: str) -> Any:
         return _content(self.url, endpoint, self._send("DELETE", endpoint, None, self._timeout_s))
 
-    def _send(self, method: str, endpoint: str, body: dict[str, Any] | None, timeout_s: float) -> httpx.Response:
+    def _send(
+        self, method: str, endpoint: str, body: dict[str, Any] | None, timeout_s: float, wire: Wire | None = None
+    ) -> httpx.Response:
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S), pool=None)
         try:
-            return self._http.request(method, endpoint, json=body, timeout=timeout)
+            if wire is None:
+                return self._http.request(method, endpoint, json=body, timeout=timeout)
+            cuttable = {"trace": wire.trace}
+            return self._generations.request(method, endpoint, json=body, timeout=timeout, extensions=cuttable)
         except httpx.TimeoutException:
             raise SGLangError(self.url, endpoint, None, f"nothing came within {timeout_s:g} s") from None
         except httpx.RequestError as error:

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_rlvr.rollout.engine import NamedTensors
 from megatron_rlvr.rollout.sglang.client import SGLangClient
+from megatron_rlvr.rollout.sglang.engines import FleetEngine
 from megatron_rlvr.rollout.sglang.flags import Flag, find_python, read_installation
-from megatron_rlvr.rollout.sglang.fleet import FleetEngine, SGLangFleet
+from megatron_rlvr.rollout.sglang.fleet import SGLangFleet
 from megatron_rlvr.rollout.sglang.router import RouterClient, sglang_router
 from megatron_rlvr.rollout.sglang.server import START_TIMEOUT_S, Launched, sglang_server
 
@@ -58,6 +59,8 @@ def sglang_fleet(
 ) -> Iterator[SGLangFleet]:
     """Launch or attach, and yield the fleet once every server is up; what was launched ends with the block.
 
+    So does a call of `SGLangFleet.generate` that another thread made.
+
     Args:
         directory: Model directory; launched servers load it.
         tokenizer: The model's tokenizer.
@@ -83,7 +86,7 @@ def sglang_fleet(
             router = RouterClient(front.url, generate_timeout_s=settings.generate_timeout_s)
             stack.callback(router.close)
             front.wait_ready(router, deadline)
-        yield SGLangFleet(
+        fleet = SGLangFleet(
             directory,
             tokenizer,
             engines,
@@ -92,6 +95,8 @@ def sglang_fleet(
             minimum=settings.minimum,
             requests_per_engine=settings.requests_per_engine,
         )
+        stack.callback(fleet.close)
+        yield fleet
 
 
 def _client(url: str, settings: FleetSettings) -> SGLangClient:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_rlvr.core import FinishReason, Sample, SamplingParams
+from megatron_rlvr.core import FinishReason, RLVRError, Sample, SamplingParams
 from megatron_rlvr.rollout.engine import derive_seed
 
 _FINISHED = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
@@ -17,10 +17,28 @@ class UnusableReplyError(Exception):
     """A reply that must not become samples: aborted, incomplete, or made by other weights."""
 
 
+def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[list[int]]:
+    """Token ids of every prompt, all below ``vocabulary``.
+
+    Raises:
+        RLVRError: If a prompt has no tokens, or one that the model does not have.
+    """
+    encoded: list[list[int]] = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+    for position, ids in enumerate(encoded):
+        if not ids:
+            raise RLVRError(f"prompt {position} of {len(prompts)} has no tokens; remove it from the source")
+        if max(ids) >= vocabulary:  # one such id ends the whole server
+            raise RLVRError(
+                f"prompt {position} of {len(prompts)} has token {max(ids)}, but the model's vocabulary ends at "
+                f"{vocabulary - 1}; use the model's own tokenizer"
+            )
+    return encoded
+
+
 def generate_payload(
-    group: int, copies: range, prompt_ids: list[int], sampling: SamplingParams, eos_id: int
+    group: int, copies: range, prompt_ids: list[int], sampling: SamplingParams, eos_id: int, rid: str
 ) -> dict[str, Any]:
-    """The request for samples number ``copies`` of one prompt.
+    """The request for samples number ``copies`` of one prompt; the server knows them by `sample_rids`.
 
     Every sample is an entry of its own: with ``n`` they would share one seed, and a server with deterministic inference
     would draw the same response ``n`` times. Nothing truncates the distribution (see `SamplingParams`).
@@ -35,8 +53,13 @@ def generate_payload(
     }
     each = [common | {"sampling_seed": derive_seed(sampling.seed, group, copy)} for copy in copies]
     if len(each) == 1:  # the one form that routers understand
-        return {"input_ids": prompt_ids, "sampling_params": each[0], "return_logprob": True}
-    return {"input_ids": [prompt_ids] * len(each), "sampling_params": each, "return_logprob": True}
+        return {"input_ids": prompt_ids, "sampling_params": each[0], "return_logprob": True, "rid": rid}
+    return {"input_ids": [prompt_ids] * len(each), "sampling_params": each, "return_logprob": True, "rid": rid}
+
+
+def sample_rids(rid: str, count: int) -> list[str]:
+    """The ids that a server gives to the ``count`` samples of request ``rid``."""
+    return [rid] if count == 1 else [f"{rid}_{copy}" for copy in range(count)]
 
 
 def read_samples(
@@ -57,6 +80,18 @@ def read_samples(
         return [_sample(reply, group, prompt_ids, tokenizer) for reply in replies]
     except (KeyError, TypeError, ValueError) as error:
         raise UnusableReplyError(f"a sample without what was asked for ({type(error).__name__}: {error})") from error
+
+
+def check_versions(samples: Sequence[Sample], oldest: int, newest: int) -> None:
+    """Only versions between the one served when the request left and the newest may have made a token.
+
+    Raises:
+        UnusableReplyError: If another did.
+    """
+    for sample in samples:
+        versions = [version for version, _, _ in sample.version_spans]
+        if versions != sorted(versions) or versions[0] < oldest or versions[-1] > newest:
+            raise UnusableReplyError(f"weights of version {versions} answered, expected {oldest} to {newest}")
 
 
 def _sample(reply: dict[str, Any], group: int, prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Sample:

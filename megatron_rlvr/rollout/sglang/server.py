@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,7 +21,12 @@ START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 10.0
 HOST = "127.0.0.1"
 
-_LOG_TAIL_LINES = 12
+# What is read of a log's end and told of it; the exception that ended a server may stand above its last lines.
+_LOG_BYTES = 65536
+_LOG_LINES = 5
+_LOG_LINE_CHARACTERS = 300
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_RAISED = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)(: |$)")
 _POLL_S = 0.5
 
 # What a server needs without CUDA, and what keeps it small and calm there; given flags win. Measured in
@@ -62,6 +67,7 @@ class Launched:
         self.log = log
         self._command = [str(python), *arguments, "--host", HOST, "--port", str(self.port)]
         self._environment = server_environment(python, environment)
+        self._log_start = 0
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -76,6 +82,7 @@ class Launched:
         supervised = [sys.executable, "-IS", supervisor.__file__, str(os.getpid()), scratch]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as output:
+            self._log_start = output.tell()
             # A session of its own keeps a Ctrl-C at the terminal from the servers while the trainer needs them.
             self._process = subprocess.Popen(
                 [*supervised, *self._command],
@@ -129,10 +136,16 @@ class Launched:
         self._reservation.close()
 
     def log_tail(self) -> str:
-        """Where the log is and how it ends."""
-        with self.log.open(errors="replace") as lines:
-            tail = deque((line.rstrip() for line in lines if line.strip()), maxlen=_LOG_TAIL_LINES)
-        return f"its log {self.log} ends with:\n" + "\n".join(tail)
+        """Where the log is and how it ends since the last start, the last exception included."""
+        with self.log.open("rb") as output:
+            size = output.seek(0, os.SEEK_END)
+            output.seek(max(self._log_start, size - _LOG_BYTES))
+            text = _COLOUR.sub("", output.read().decode(errors="replace"))
+        lines = [line.strip()[:_LOG_LINE_CHARACTERS] for line in text.splitlines() if line.strip()]
+        told = lines[-_LOG_LINES:]
+        if not any(map(_RAISED.match, told)):
+            told = [line for line in lines if _RAISED.match(line)][-1:] + told
+        return f"its log {self.log} ends with: " + (" | ".join(told) or "nothing")
 
 
 def sglang_server(installation: Installation, model: str | Path, flags: Mapping[str, Flag], log: Path) -> Launched:
