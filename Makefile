@@ -38,20 +38,23 @@ $(VENV)/triton: | $(VENV)/installed
 	@$(PIP) --no-deps --target $@ triton==3.9.0
 
 # SGLang's server in an environment of its own, with what it imports: the rest of its dependencies (4 GB) is for CUDA.
-# patches/README.md says what the .pth file is for.
-SGLANG := $(VENV)/sglang
+# patches/README.md says what the .pth file is for, and which other versions there are.
+SGLANG_VERSION ?= 0.5.23
+SGLANG := $(VENV)/sglang$(if $(filter-out 0.5.23,$(SGLANG_VERSION)),-$(SGLANG_VERSION))
 SGLANG_PIP := $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check
 SGLANG_STUBS := $(CURDIR)/patches/sglang_cpu
+SGLANG_OTHER := $(wildcard patches/sglang_cpu/requirements-$(SGLANG_VERSION).txt)
 
 sglang: $(SGLANG)/installed
 
-$(SGLANG)/installed: patches/sglang_cpu/requirements.txt patches/sglang_cpu/requirements-no-deps.txt
+$(SGLANG)/installed: patches/sglang_cpu/requirements.txt patches/sglang_cpu/requirements-no-deps.txt $(SGLANG_OTHER)
 	@test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
 	@echo "sglang 1/2: torch (a minute or two the first time)"
 	@$(SGLANG_PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	@echo "sglang 2/2: SGLang, its router and what they import"
 	@$(SGLANG_PIP) --no-deps --requirement patches/sglang_cpu/requirements-no-deps.txt
 	@$(SGLANG_PIP) --requirement patches/sglang_cpu/requirements.txt
+	@$(if $(SGLANG_OTHER),$(SGLANG_PIP) --no-deps --requirement $(SGLANG_OTHER))
 	@$(SGLANG)/bin/python -c 'import sys, sysconfig; from pathlib import Path; \
 		pth = Path(sysconfig.get_path("purelib"), "sglang_cpu.pth"); \
 		pth.write_text(sys.argv[1] + "\nimport sglang_cpu_stubs\n")' $(SGLANG_STUBS)
