@@ -44,6 +44,9 @@ SGLANG := $(VENV)/sglang$(if $(filter-out 0.5.23,$(SGLANG_VERSION)),-$(SGLANG_VE
 SGLANG_PIP := $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check
 SGLANG_STUBS := $(CURDIR)/patches/sglang_cpu
 SGLANG_OTHER := $(wildcard patches/sglang_cpu/requirements-$(SGLANG_VERSION).txt)
+ifneq ($(SGLANG_VERSION),0.5.23)
+$(if $(SGLANG_OTHER),,$(error SGLANG_VERSION=$(SGLANG_VERSION) has no patches/sglang_cpu/requirements-$(SGLANG_VERSION).txt))
+endif
 
 sglang: $(SGLANG)/installed
 

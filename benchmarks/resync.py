@@ -1,7 +1,13 @@
 """Seconds and bytes of a weight resync by transport, beside saving and loading from disk without any proof.
 
 Usage: ``python benchmarks/resync.py [--megabytes 200] [--repeats 5] [--bucket-megabytes 32] [--keep FILE]``. Launches a
-real SGLang server (TP=1, CPU) on a random Qwen3 of about that size; takes some minutes.
+real SGLang server (TP=1) on a random Qwen3 of about that size; takes some minutes. In float32 on the CPU; where there
+are GPUs in bfloat16, the server on the first and the weights on the last, and by NCCL if these are two:
+
+    SGLANG_PYTHON=… python benchmarks/resync.py --megabytes 4000 --bucket-megabytes 256 \
+        --keep benchmarks/results/resync_gpu.md
+
+with SGLang's own CUDA environment (see patches/README.md).
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -23,12 +29,21 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_rlvr.rollout.resync import BroadcastTransport, DiskTransport, Resync, TensorTransport, Transport
 from megatron_rlvr.rollout.sglang.client import SGLangClient
-from megatron_rlvr.rollout.sglang.flags import find_python, read_installation
+from megatron_rlvr.rollout.sglang.flags import Flag, find_python, read_installation
 from megatron_rlvr.rollout.sglang.fleet import FleetEngine, SGLangFleet
 from megatron_rlvr.rollout.sglang.server import START_TIMEOUT_S, sglang_server
 
 BASE = Path(__file__).parents[1] / "examples" / "countdown" / "base"
-HIDDEN = 512
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", torch.cuda.device_count() - 1) if CUDA else torch.device("cpu")
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+BACKEND: Literal["gloo", "nccl"] = "nccl" if torch.cuda.device_count() > 1 else "gloo"
+FLAGS: dict[str, Flag] = {}
+if CUDA:
+    FLAGS = {"attention_backend": "triton", "sampling_backend": "pytorch", "mem_fraction_static": 0.5}
+START_S = 600.0 if CUDA else START_TIMEOUT_S  # kernels are compiled
+HIDDEN = 2048 if CUDA else 512
+HEAD = 64
 GB = 1e9
 
 
@@ -37,29 +52,29 @@ class Counted(SGLangClient):
 
     sent = 0
 
-    def _send(self, method: str, endpoint: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
-        for payload in (body or {}).get("serialized_named_tensors", ()):
+    def _post(self, endpoint: str, body: dict[str, Any], timeout_s: float | None = None) -> Any:
+        for payload in body.get("serialized_named_tensors", ()):
             self.sent += len(payload)
-        return super()._send(method, endpoint, body, timeout_s)
+        return super()._post(endpoint, body, timeout_s)
 
 
 def write_model(directory: Path, megabytes: float) -> dict[str, torch.Tensor]:
-    """A random float32 Qwen3 of about that size, with the demo's tokenizer; its weights."""
-    per_layer = 4 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * 4 * HIDDEN) / 1e6
+    """A random Qwen3 of about that size, with the demo's tokenizer; its weights, on `DEVICE`."""
+    per_layer = DTYPE.itemsize * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * 4 * HIDDEN) / 1e6
     config = Qwen3Config(
         vocab_size=512,
         hidden_size=HIDDEN,
         intermediate_size=4 * HIDDEN,
         num_hidden_layers=max(1, round(megabytes / per_layer)),
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        head_dim=HIDDEN // 8,
+        num_attention_heads=HIDDEN // HEAD,
+        num_key_value_heads=HIDDEN // HEAD,
+        head_dim=HEAD,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         eos_token_id=1,
     )
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config)
+    model = Qwen3ForCausalLM(config).to(DEVICE, DTYPE)
     model.save_pretrained(directory)
     AutoTokenizer.from_pretrained(BASE).save_pretrained(directory)
     return {name: tensor.detach() for name, tensor in model.named_parameters()}
@@ -128,12 +143,14 @@ def measure(directory: Path, weights: dict[str, torch.Tensor], url: str, repeats
     rows = [f"| plain save and load, nothing proved | {unproved:.2f} | {unproved / size:.2f} | 1.00 | |"]
     ways: dict[str, Transport] = {
         "disk": DiskTransport(directory / "transport"),
-        "tensor (by value)": TensorTransport(),
-        "broadcast (gloo)": BroadcastTransport(timeout_s=120.0),
+        f"tensor ({'CUDA IPC' if CUDA else 'by value'})": TensorTransport(),
+        f"broadcast ({BACKEND})": BroadcastTransport(timeout_s=120.0, backend=BACKEND),
     }
+    # Before sessions a server did not flush while retracted requests wait; the stream then starts anew.
+    pause: Literal["retract", "abort"] = "retract" if client.sessions else "abort"
     version = 0
     for name, way in ways.items():
-        sync = Resync(directory, way, bucket_bytes=bucket, pause="retract")
+        sync = Resync(directory, way, bucket_bytes=bucket, pause=pause)
         fleet = SGLangFleet(directory, AutoTokenizer.from_pretrained(directory), [FleetEngine(client)], sync)
 
         def resync(fleet: SGLangFleet = fleet) -> None:
@@ -149,7 +166,9 @@ def measure(directory: Path, weights: dict[str, torch.Tensor], url: str, repeats
             resync()
         sync.close()
         rows.append(f"| {name} | {taken:.2f} | {taken / size:.2f} | {wire:.2f} | {stall.longest:.2f} |")
-    return [f"{size:.3f} GB of float32 weights, buckets of {bucket / 1e6:.0f} MB, median of {repeats}:", "", *rows]
+    where = f"{torch.cuda.get_device_name()} × {torch.cuda.device_count()}" if CUDA else "CPU"
+    intro = f"{where}, SGLang {client.server_info()['version']}: {size:.3f} GB of {str(DTYPE).removeprefix('torch.')} "
+    return [intro + f"weights, buckets of {bucket / 1e6:.0f} MB, median of {repeats}:", "", *rows]
 
 
 def main() -> None:
@@ -164,10 +183,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="rlvr-resync-") as scratch:
         directory = Path(scratch)
         weights = write_model(directory, options.megabytes)
-        server = sglang_server(read_installation(find_python()), directory, {}, directory / "server.log")
+        server = sglang_server(read_installation(find_python()), directory, FLAGS, directory / "server.log")
         try:
             server.start()
-            server.wait_ready(SGLangClient(server.url), time.monotonic() + START_TIMEOUT_S)
+            server.wait_ready(SGLangClient(server.url), time.monotonic() + START_S)
             found = measure(directory, weights, server.url, options.repeats, int(options.bucket_megabytes * 1e6))
         finally:
             server.close()

@@ -13,7 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
-TESTED_VERSIONS = ("0.5.23",)
+TESTED_VERSIONS = ("0.5.17", "0.5.20", "0.5.23")
+# Their checksums of weights wait for CUDA first, also where the weights are on a CPU.
+WAITING_VERSIONS = ("0.5.17", "0.5.20")
 PACKAGES = ("sgl_kernel", "torchvision", "triton")
 
 
@@ -63,10 +65,13 @@ class _Finder(MetaPathFinder, Loader):
             installed = "absent"
         if installed not in TESTED_VERSIONS:
             raise ImportError(
-                f"the stub of {spec.name} in patches/sglang_cpu is tested with sglang {' and '.join(TESTED_VERSIONS)}, "
+                f"the stub of {spec.name} in patches/sglang_cpu is tested with sglang {', '.join(TESTED_VERSIONS)}, "
                 f"and sglang is {installed} here; install a tested version with 'make sglang', or try this one and "
                 "add it to TESTED_VERSIONS"
             )
+        cuda = getattr(sys.modules.get("torch"), "cuda", None)
+        if installed in WAITING_VERSIONS and cuda is not None and not cuda.is_available():
+            cuda.synchronize = lambda device=None: None
         return _Stub(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:

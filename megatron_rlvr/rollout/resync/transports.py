@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import shutil
 import threading
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch.multiprocessing  # noqa: F401 -- tells ForkingPickler what to do with tensors on GPUs
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.multiprocessing import reductions
 
 from megatron_rlvr.rollout.resync.buckets import Bucket
 from megatron_rlvr.rollout.sglang.client import SGLangClient, SGLangError
+
+# Of `torch.multiprocessing.reductions.rebuild_cuda_tensor`.
+_DEVICE_ARGUMENT = 6
 
 
 class Link(Protocol):
@@ -74,12 +76,18 @@ class TensorTransport:
         """See `Transport.link`."""
         return _TensorLink(self, client)
 
-    def pack(self, bucket: Bucket) -> bytes:
-        """The pickle of ``bucket``'s tensors, made once for all servers that are at this bucket."""
+    def pack(self, bucket: Bucket, ranks: int) -> list[bytes]:
+        """A pickle of ``bucket``'s tensors for each of a server's ``ranks``.
+
+        Values are pickled once for all servers that are at this bucket. A CUDA IPC handle counts who has opened it, and
+        is good for one receiver.
+        """
+        if bucket.flat.is_cuda:
+            return [_handles(bucket) for _ in range(ranks)]
         with self._lock:
             if self._packed is None or self._packed[0] is not bucket:
-                self._packed = (bucket, _pickled(bucket))
-            return self._packed[1]
+                self._packed = (bucket, _values(bucket))
+            return [self._packed[1]] * ranks
 
     def forget(self) -> None:
         """Drop the last pickle."""
@@ -98,8 +106,8 @@ class _TensorLink:
         begin_session(self._client)
 
     def send(self, bucket: Bucket) -> None:
-        payload = self._transport.pack(bucket)
-        self._client.update_weights_from_tensor([payload] * self._client.tensor_parallel, flush_cache=False)
+        payloads = self._transport.pack(bucket, self._client.tensor_parallel)
+        self._client.update_weights_from_tensor(payloads, flush_cache=False)
 
     def finish(self) -> None:
         self._transport.forget()
@@ -109,13 +117,29 @@ class _TensorLink:
         self._transport.forget()
 
 
-def _pickled(bucket: Bucket) -> bytes:
+def _values(bucket: Bucket) -> bytes:
     """``[(name, tensor)]``. A CPU tensor must own its memory: a view's pickle holds all that it is a view of."""
-    if bucket.flat.is_cuda:
-        buffer = io.BytesIO()
-        ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(list(bucket.tensors().items()))
-        return buffer.getvalue()
     return pickle.dumps([(name, tensor.clone()) for name, tensor in bucket.tensors().items()])
+
+
+def _handles(bucket: Bucket) -> bytes:
+    return pickle.dumps([(name, _Handle(tensor)) for name, tensor in bucket.tensors().items()])
+
+
+class _Handle:
+    """Pickles as a CUDA tensor does between processes, but names the GPU by UUID: a server may number them otherwise.
+
+    SGLang reads both (its ``patch_torch.py``, which has the position of that argument too).
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        reduce: Any = reductions.reduce_tensor
+        rebuild, arguments = reduce(self._tensor)
+        before, after = arguments[:_DEVICE_ARGUMENT], arguments[_DEVICE_ARGUMENT + 1 :]
+        return rebuild, (*before, str(torch.cuda.get_device_properties(self._tensor.device).uuid), *after)
 
 
 class DiskTransport:
