@@ -51,6 +51,7 @@ class _Draft:
     seconds: dict[str, float] = field(default_factory=lambda: {"rollout": 0.0, "verify": 0.0})
     kept: list[Group] = field(default_factory=list)
     spare: list[Group] = field(default_factory=list)
+    drawn: int = 0
 
 
 class Collector:
@@ -143,6 +144,7 @@ class Collector:
             missing = self._rollouts.agree(partial(self._settle, draft, prompts, samples))
             if not missing:
                 break
+        draft.metrics.add("drawn_prompts", draft.drawn)
         return Collected(
             batch=self._assemble(draft),
             temperature=sampling.temperature,
@@ -160,6 +162,7 @@ class Collector:
         record_samples(samples, verdicts, draft.metrics)
         judged = zip(samples, verdicts, strict=True)
         groups = {position: list(group) for position, group in groupby(judged, key=lambda pair: pair[0].group)}
+        draft.drawn += len(prompts)
         self._sampler.give_back([prompt for position, prompt in enumerate(prompts) if position not in groups])
         for group in groups.values():
             contrast = _has_contrast(group)

@@ -122,6 +122,7 @@ def test_refills_replace_groups_without_a_contrast_and_lose_no_prompt(kinds: lis
     assert collected.batch.rewards_B.tolist() == [float(verdict is RIGHT) for pair in expected for verdict in pair]
     assert collected.batch.valid_B.tolist() == [verdict is not BROKEN for pair in expected for verdict in pair]
     assert collected.metrics.means()["contrast_share"] == pytest.approx(len(mixed) / len(drawn))
+    assert collected.metrics.means()["drawn_prompts"] == len(drawn)
     assert len({sampling.seed for _, sampling in rollouts.drawn}) == len(rollouts.drawn)
 
 
