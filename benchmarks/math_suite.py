@@ -64,7 +64,9 @@ def fetch(folder: Path) -> Path | None:
     except (subprocess.SubprocessError, OSError, StopIteration):
         return None
     with tarfile.open(archive) as packed:
-        packed.extractall(folder, filter="data")
+        if hasattr(tarfile, "data_filter"):  # from Python 3.11.4 on
+            packed.extraction_filter = tarfile.data_filter
+        packed.extractall(folder)
     return next(folder.glob("math_verify-*/"))
 
 

@@ -19,6 +19,7 @@ from sglang_server import BASE, disk_sync, installation, scratch, shared_server
 
 from megatron_rlvr.core import RLVRError, SamplingParams
 from megatron_rlvr.rollout import load_tokenizer
+from megatron_rlvr.rollout.resync import Resync, TensorTransport
 from megatron_rlvr.rollout.sglang.client import SGLangClient, SGLangError
 from megatron_rlvr.rollout.sglang.fleet import EngineState, FleetEngine, SGLangFleet
 from megatron_rlvr.rollout.sglang.launch import FleetSettings, sglang_fleet
@@ -167,6 +168,17 @@ def test_a_token_that_the_model_does_not_have_stays_here(pair: tuple[ScriptedSer
     with pytest.raises(RLVRError, match=r"prompt 1 of 2 has token \d+, but the model's vocabulary ends at \d+; use"):
         fleet.generate(["48:", "4@"], SAMPLING)
     assert not pair[0].calls("/generate")
+
+
+def test_servers_that_cannot_retract_are_refused_in_words(pair: tuple[ScriptedServer, ScriptedServer]) -> None:
+    del pair[1].paths["/begin_weight_update"]  # as before SGLang 0.5.21
+    fleet = fleet_of(*pair)
+    sync = Resync(BASE, TensorTransport(), pause="retract")
+    with pytest.raises(
+        RLVRError, match=f"rollout.partial=true needs SGLang 0.5.21 or newer, and {pair[1].url} is older"
+    ):
+        sync(fleet, [], 6)
+    assert not pair[0].calls("/pause_generation")
 
 
 def test_attached_and_behind_a_router() -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from megatron_rlvr.core import RLVRError
 from megatron_rlvr.rollout.engine import NamedTensors
 from megatron_rlvr.rollout.resync.buckets import fill_buckets
 from megatron_rlvr.rollout.resync.manifest import Manifest, ModelShape, Served
@@ -76,8 +77,10 @@ class Resync:
             version: Version of the weights, not negative.
 
         Raises:
-            RLVRError: If the tensors cannot be read, or not be split over a server's ranks.
+            RLVRError: If the tensors cannot be read or not be split over a server's ranks, or a server cannot retract.
         """
+        if self._pause == "retract":
+            _check_retract(fleet.engines)
         with ThreadPoolExecutor(max(len(fleet.engines), 1), thread_name_prefix="resync") as pool:
             served = {
                 engine: facts
@@ -172,6 +175,16 @@ class Resync:
         if engine.process is not None:
             engine.process.start()
             self._restarted.add(engine)
+
+
+def _check_retract(engines: Sequence[FleetEngine]) -> None:
+    """Refuse servers that never flush while retracted requests wait; those have no sessions either."""
+    for engine in engines:
+        if not engine.client.sessions:
+            raise RLVRError(
+                f"rollout.partial=true needs SGLang 0.5.21 or newer, and {engine.client.url} is older; set it to false "
+                "or give newer servers"
+            )
 
 
 def _noted(

@@ -104,13 +104,15 @@ def _sample(reply: dict[str, Any], group: int, prompt_ids: list[int], tokenizer:
     if not ids or [token for _, token, _ in meta["output_token_logprobs"]] != ids:
         raise UnusableReplyError(f"{len(ids)} tokens with the log-probs of {len(logprobs)}, or of others")
     spans = _version_spans(meta, len(ids))
+    # SGLang 0.5.17 calls an answer that ends with the last token of the budget truncated.
+    ended = ids[-1] == tokenizer.eos_token_id
     return Sample(
         group=group,
         prompt_ids=prompt_ids,
         response_ids=ids,
         logprobs=logprobs,
         text=str(tokenizer.decode(ids, skip_special_tokens=True)),
-        finish_reason=_FINISHED[reason["type"]],
+        finish_reason=FinishReason.STOP if ended else _FINISHED[reason["type"]],
         weight_version=min(version for version, _, _ in spans),
         version_spans=spans,
     )
