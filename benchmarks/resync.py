@@ -29,8 +29,9 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_rlvr.rollout.resync import BroadcastTransport, DiskTransport, Resync, TensorTransport, Transport
 from megatron_rlvr.rollout.sglang.client import SGLangClient
+from megatron_rlvr.rollout.sglang.engines import FleetEngine
 from megatron_rlvr.rollout.sglang.flags import Flag, find_python, read_installation
-from megatron_rlvr.rollout.sglang.fleet import FleetEngine, SGLangFleet
+from megatron_rlvr.rollout.sglang.fleet import SGLangFleet
 from megatron_rlvr.rollout.sglang.server import START_TIMEOUT_S, sglang_server
 
 BASE = Path(__file__).parents[1] / "examples" / "countdown" / "base"

@@ -95,8 +95,8 @@ def compose_run(config: Config, prompts: int) -> Composition:
     name = _agree("objective.advantages", objective.advantages, recipe.advantages, recipe.name) or "grpo"
     if config.rollout.overlong == "penalize" and name in BINARY:
         raise RLVRError(
-            f"rollout.overlong=penalize gives rewards between 0 and 1, but the {name} advantages take only right and "
-            "wrong; set it to drop or keep, or change objective.advantages"
+            f"rollout.overlong=penalize gives rewards other than 0 and 1, but the {name} advantages take only "
+            "right and wrong; set it to drop or keep, or change objective.advantages"
         )
     estimator = partial(ESTIMATORS[name], **_advantage_options(name, objective.advantage_options, recipe))
     settings = _loss_settings(config, recipe)

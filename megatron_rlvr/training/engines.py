@@ -50,7 +50,7 @@ class EmbeddedRollouts:
         return done
 
     def draw(self, prompts: Sequence[Prompt], sampling: SamplingParams, wanted: int | None = None) -> list[Sample]:
-        """All samples on rank 0, in prompt order; an empty list elsewhere."""
+        """All samples on rank 0, in prompt order, whatever is ``wanted``; an empty list elsewhere."""
         rank, ranks = dist.get_rank(self._group), dist.get_world_size(self._group)
         calls = generate_share(
             self._engine,

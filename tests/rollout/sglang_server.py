@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from megatron_rlvr.core import RLVRError
 from megatron_rlvr.rollout import NamedTensors, load_tokenizer
 from megatron_rlvr.rollout.sglang.client import SGLangClient
+from megatron_rlvr.rollout.sglang.engines import FleetEngine
 from megatron_rlvr.rollout.sglang.flags import Flag, Installation, find_python, read_installation
-from megatron_rlvr.rollout.sglang.fleet import FleetEngine, SGLangFleet
+from megatron_rlvr.rollout.sglang.fleet import SGLangFleet
 from megatron_rlvr.rollout.sglang.server import START_TIMEOUT_S, Launched, sglang_server
 
 BASE = Path(__file__).parents[2] / "examples" / "countdown" / "base"

@@ -97,6 +97,7 @@ def test_samples_come_in_prompt_order(engine: Engine) -> None:
     tokenizer = load_tokenizer(BASE)
     samples = engine.generate(PROMPTS, SAMPLING)
     assert [sample.group for sample in samples] == [group for group in range(4) for _ in range(6)]
+    assert len({len(sample.prompt_ids) for sample in samples}) > 2  # an engine may pad them
     for sample in samples:
         assert sample.prompt_ids == tokenizer.encode(PROMPTS[sample.group])
     assert len(RolloutBatch.from_samples(samples, pad_id(tokenizer))) == 24
@@ -114,6 +115,7 @@ def test_a_response_ends_at_the_first_eos_or_at_the_budget(engine: Engine) -> No
             assert sample.response_ids.index(tokenizer.eos_token_id) == len(sample.response_ids) - 1
         else:
             assert len(sample.response_ids) == 8
+        assert len(sample.logprobs) == len(sample.response_ids)
         assert len(sample.logprobs) == len(sample.response_ids)
         assert sample.text == tokenizer.decode(sample.response_ids, skip_special_tokens=True)
         assert "<eos>" not in sample.text

@@ -25,7 +25,8 @@ from megatron_rlvr.rollout.resync import Resync, TensorTransport
 from megatron_rlvr.rollout.sglang import fleet as fleet_module
 from megatron_rlvr.rollout.sglang.batch import Batch, requests_for
 from megatron_rlvr.rollout.sglang.client import SGLangClient
-from megatron_rlvr.rollout.sglang.fleet import ATTEMPTS, EngineState, FleetEngine, SGLangFleet
+from megatron_rlvr.rollout.sglang.engines import EngineState, FleetEngine
+from megatron_rlvr.rollout.sglang.fleet import ATTEMPTS, SGLangFleet
 
 SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=2, samples_per_prompt=3, seed=17)
 PROMPTS = ["259:07;", "4", "48:", "7", "99:", "111:03;1+1"]

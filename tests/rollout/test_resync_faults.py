@@ -24,7 +24,8 @@ from megatron_rlvr.core import RLVRError, SamplingParams
 from megatron_rlvr.rollout import load_tokenizer
 from megatron_rlvr.rollout.resync import DiskTransport, Resync, TensorTransport, Transport
 from megatron_rlvr.rollout.sglang.client import SGLangClient
-from megatron_rlvr.rollout.sglang.fleet import EngineState, FleetEngine, SGLangFleet
+from megatron_rlvr.rollout.sglang.engines import EngineState, FleetEngine
+from megatron_rlvr.rollout.sglang.fleet import SGLangFleet
 from megatron_rlvr.rollout.sglang.server import Launched
 
 BASE = Path(__file__).parents[2] / "examples" / "countdown" / "base"

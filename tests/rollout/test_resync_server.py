@@ -34,7 +34,8 @@ from megatron_rlvr.rollout.resync import broadcast as broadcast_module
 from megatron_rlvr.rollout.resync.buckets import Bucket
 from megatron_rlvr.rollout.resync.manifest import Manifest, ModelShape, Served
 from megatron_rlvr.rollout.sglang.client import SGLangClient
-from megatron_rlvr.rollout.sglang.fleet import FleetEngine, SGLangFleet
+from megatron_rlvr.rollout.sglang.engines import FleetEngine
+from megatron_rlvr.rollout.sglang.fleet import SGLangFleet
 
 BUCKET_BYTES = 60_000
 PROMPT = [5, 6, 7, 4, 9]

@@ -21,7 +21,8 @@ from megatron_rlvr.core import RLVRError, SamplingParams
 from megatron_rlvr.rollout import load_tokenizer
 from megatron_rlvr.rollout.resync import Resync, TensorTransport
 from megatron_rlvr.rollout.sglang.client import SGLangClient, SGLangError
-from megatron_rlvr.rollout.sglang.fleet import EngineState, FleetEngine, SGLangFleet
+from megatron_rlvr.rollout.sglang.engines import EngineState, FleetEngine
+from megatron_rlvr.rollout.sglang.fleet import SGLangFleet
 from megatron_rlvr.rollout.sglang.launch import FleetSettings, sglang_fleet
 from megatron_rlvr.rollout.sglang.router import RouterClient, sglang_router
 from megatron_rlvr.rollout.sglang.server import Launched

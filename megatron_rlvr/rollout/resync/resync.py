@@ -17,7 +17,8 @@ from megatron_rlvr.rollout.resync.manifest import Manifest, ModelShape, Served
 from megatron_rlvr.rollout.resync.transaction import Stage, Transaction
 from megatron_rlvr.rollout.resync.transports import Link, Transport
 from megatron_rlvr.rollout.sglang.client import SGLangError
-from megatron_rlvr.rollout.sglang.fleet import EngineState, FleetEngine, SGLangFleet
+from megatron_rlvr.rollout.sglang.engines import EngineState, FleetEngine
+from megatron_rlvr.rollout.sglang.fleet import SGLangFleet
 
 BUCKET_BYTES = 256 * 2**20
 # A server that is out and does not even answer this fast keeps nobody waiting.

@@ -24,8 +24,6 @@ from megatron_rlvr.rollout.sglang.samples import (
     read_samples,
 )
 
-__all__ = ["ATTEMPTS", "EngineState", "FleetEngine", "SGLangFleet"]
-
 ATTEMPTS = 5
 
 _log = logging.getLogger(__name__)
