@@ -1,4 +1,4 @@
-"""The embedded engine beyond what every engine owes (`test_engine_contract.py`): its draws, when it refuses to serve."""
+"""The embedded engine beyond what every engine owes (`test_engine_contract.py`): its draws, when it serves nothing."""
 
 from __future__ import annotations
 
